@@ -1,0 +1,91 @@
+"""Every error and warning that flowvi raises: each says what was wrong and what to do.
+
+All errors derive from `FlowVIError`, all warnings from `FlowVIWarning`, so that a caller can catch or
+filter flowvi's own without touching anybody else's. Errors derive from the built-in that a caller would
+expect as well (`ValueError`, `KeyError`), so that ordinary handlers keep working.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DimensionError",
+    "DiscreteLatentError",
+    "FileFormatError",
+    "FlowVIError",
+    "FlowVIWarning",
+    "HeldFixedWarning",
+    "InterruptedWarning",
+    "NoLatentError",
+    "NonFiniteError",
+    "NumericalWarning",
+    "OptionError",
+    "SlowPathWarning",
+    "SubsampledLatentError",
+    "TargetError",
+    "TraceError",
+    "UnknownFlowError",
+]
+
+
+class FlowVIError(Exception):
+    """Base class of all of flowvi's errors."""
+
+
+class OptionError(FlowVIError, ValueError):
+    """An argument has a value that can't be used; the message names the argument and what it takes."""
+
+
+class UnknownFlowError(OptionError):
+    """A flow name is not registered; the message lists the names that are."""
+
+
+class DimensionError(FlowVIError, ValueError):
+    """A tensor's shape doesn't fit: the wrong D, the wrong number of batch dimensions."""
+
+
+class TargetError(FlowVIError, ValueError):
+    """A model, energy or callable can't serve as a target."""
+
+
+class NoLatentError(TargetError):
+    """The model has no latent variable to infer."""
+
+
+class DiscreteLatentError(TargetError):
+    """The model has a discrete latent variable, which no flow can represent."""
+
+
+class SubsampledLatentError(TargetError):
+    """The model has a latent variable inside a subsampled plate, where its slots would be shared by data."""
+
+
+class NonFiniteError(TargetError):
+    """The data or the log density is NaN or infinite where it must not be."""
+
+
+class TraceError(TargetError):
+    """The model can't be turned into a graph (used inside; a fit falls back to the eager model)."""
+
+
+class FileFormatError(FlowVIError, ValueError):
+    """A file is not a flowvi posterior, is damaged, or was written by a newer version."""
+
+
+class FlowVIWarning(UserWarning):
+    """Base class of all of flowvi's warnings."""
+
+
+class SlowPathWarning(FlowVIWarning):
+    """The work goes on by a slower way; the message says why and how to get the fast one."""
+
+
+class HeldFixedWarning(FlowVIWarning):
+    """Something that could be learnt is held at its present value; the message says what learns it."""
+
+
+class InterruptedWarning(FlowVIWarning):
+    """A fit was stopped by Ctrl-C; what it had so far is returned."""
+
+
+class NumericalWarning(FlowVIWarning):
+    """Non-finite values were met and passed over; the message counts them."""
