@@ -24,6 +24,7 @@ __all__ = [
     "TargetError",
     "TraceError",
     "UnknownFlowError",
+    "UntrustedWarning",
 ]
 
 
@@ -89,3 +90,7 @@ class InterruptedWarning(FlowVIWarning):
 
 class NumericalWarning(FlowVIWarning):
     """Non-finite values were met and passed over; the message counts them."""
+
+
+class UntrustedWarning(FlowVIWarning):
+    """A fit is done but its diagnosis says not to trust it; the message is the verdict."""

@@ -1,0 +1,1 @@
+"""The paper's figures and tables, one file per experiment: `python -m experiments list`."""

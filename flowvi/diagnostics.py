@@ -1,0 +1,336 @@
+"""Is the fit any good? Numbers from fresh draws of q, and a verdict in words.
+
+With draws z_s of q and log w_s = log p(z_s) - log q(z_s):
+
+- ELBO = mean of log w, a lower bound of log Z whose gap is KL(q || p);
+- log Z by importance sampling = log mean of w;
+- k-hat, the shape of a generalized Pareto distribution fitted to the largest weights (PSIS): the weights have
+  1 / k-hat finite moments, and from about 0.7 on neither weights nor draws can be relied on;
+- the effective sample size of the smoothed weights, (sum w)^2 / sum w^2.
+
+All of them look at the target through draws of q. **A mode that q never visits shows in none of them**; only
+a known normalizer, or another start, tells. The verdict says so.
+
+Sources: Vehtari, Simpson, Gelman, Yao, Gabry (2024), "Pareto smoothed importance sampling", JMLR 25(72);
+Yao, Vehtari, Simpson, Gelman (2018), "Yes, but did it work? Evaluating variational inference", ICML.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowvi.errors import DimensionError, OptionError
+
+__all__ = [
+    "ESS_LIMIT",
+    "MIN_DRAWS",
+    "NONFINITE_LIMIT",
+    "Diagnostics",
+    "gap_limit",
+    "judge",
+    "khat_limit",
+    "psis",
+]
+
+MIN_DRAWS = 100  # fewer leave PSIS without a tail to fit
+ESS_LIMIT = 0.2  # of the draws, as PSIS weights see them
+NONFINITE_LIMIT = 0.01  # of the draws
+_FLAT = 1e-3  # log weights closer than this are equal: float32 rounding of log q at D = 1000 stays below
+
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What fresh draws say about a fit.
+
+    A standard error counts Monte Carlo noise only; with k-hat above 0.5 those of `log_evidence` and `gap` are
+    too small. Draws whose log p or log q is not finite have weight zero in the evidence, k-hat and ESS, and
+    are left out of the ELBO; `nonfinite_fraction` counts them.
+
+    Attributes:
+        elbo: E_q[log p - log q], and `elbo_se` its standard error.
+        log_evidence: Log mean of the importance weights, and `log_evidence_se` (delta method).
+        gap: `log_evidence - elbo`, an estimate of KL(q || p) where q visits all of p, and `gap_se`.
+        khat: The Pareto shape of the largest weights; 0 where they are all equal, inf where too few are above
+            zero to fit a tail.
+        ess: The effective sample size of the PSIS weights, in draws.
+        ess_fraction: The same as a fraction of `num_samples`.
+        nonfinite_fraction: The fraction of draws whose log p or log q is NaN or infinite.
+        num_samples: How many draws were made.
+        trusted: Whether every check passed. Never true where a number is NaN.
+        verdict: What was found and what to do, in plain words.
+        kl: KL(q || p) = log Z - ELBO, where the target's normalizer is known, and `kl_se`. A missed mode does
+            show in it.
+    """
+
+    elbo: float
+    elbo_se: float
+    log_evidence: float
+    log_evidence_se: float
+    gap: float
+    gap_se: float
+    khat: float
+    ess: float
+    ess_fraction: float
+    nonfinite_fraction: float
+    num_samples: int
+    trusted: bool
+    verdict: str
+    kl: float | None = None
+    kl_se: float | None = None
+
+    def numbers(self) -> str:
+        """The numbers on one line, without the verdict."""
+        parts = [
+            f"ELBO {_pm(self.elbo, self.elbo_se)}",
+            f"log evidence {_pm(self.log_evidence, self.log_evidence_se)}",
+            f"k-hat {self.khat:.2f}",
+            f"ESS {self.ess:.0f} of {self.num_samples} ({self.ess_fraction:.0%})",
+        ]
+        if self.kl is not None and self.kl_se is not None:
+            parts.insert(2, f"KL {_pm(self.kl, self.kl_se)}")
+        if self.nonfinite_fraction > 0:
+            parts.append(f"{_percent(self.nonfinite_fraction)} of the draws not finite")
+        return ", ".join(parts)
+
+    def __str__(self) -> str:
+        return f"{self.numbers()}\n{self.verdict}"
+
+
+def khat_limit(num_samples: int) -> float:
+    """The largest k-hat to rely on: min(1 - 1 / log10(S), 0.7).
+
+    Source: Vehtari et al. (2024), section 3.2.4.
+
+    Args:
+        num_samples: S, the number of draws.
+
+    Returns:
+        The limit, 0.7 from S = 2155 on.
+    """
+    return min(1 - 1 / float(np.log10(num_samples)), 0.7)
+
+
+def gap_limit(dim: int) -> float:
+    """The largest KL(q || p) in nats to call small: min(0.05 + 0.01 D, 0.7).
+
+    A joint KL adds up over dimensions while a user asks about marginals, so the limit grows with D. At small
+    D it must be strict: a gap of g could be a single mean that is off by sqrt(2 g) standard deviations.
+
+    Args:
+        dim: D.
+
+    Returns:
+        The limit in nats.
+    """
+    return min(0.05 + 0.01 * dim, 0.7)
+
+
+def psis(log_weights: _Array, *, backend: str | None = None) -> tuple[_Array, float]:
+    """Pareto-smoothed, normalized log weights and k-hat, by ArviZ.
+
+    Equal weights have no tail to fit (ArviZ calls that infinite, or an error): here k-hat is 0. Weights of
+    zero are allowed.
+
+    Args:
+        log_weights: Log weights (S,), finite or -inf.
+        backend: "arviz_stats" (the parts of ArviZ 1.x) or "arviz" (0.x). None takes what is installed, the
+            former first, because it is quicker to import.
+
+    Returns:
+        The smoothed log weights (S,), whose exponentials sum to 1, and k-hat.
+
+    Raises:
+        DimensionError: Not one-dimensional, or fewer than 100 weights.
+        OptionError: The backend is neither of the two, or can't be imported.
+    """
+    log_w = np.array(log_weights, dtype=np.float64)
+    if log_w.ndim != 1 or log_w.size < MIN_DRAWS:
+        raise DimensionError(
+            f"log_weights must have shape (S,) with S >= {MIN_DRAWS}, got {log_w.shape}: draw more samples."
+        )
+    function = _find_psis(backend)
+    positive = log_w > -np.inf
+    tail = int(np.ceil(min(0.2 * log_w.size, 3 * log_w.size**0.5))) + 1
+    if positive.sum() <= tail:
+        return _normalize(log_w), np.inf
+    top = np.partition(log_w, -tail)[-tail:]
+    if top.max() - top.min() < _FLAT:
+        return _normalize(log_w), 0.0
+    # ArviZ subtracts -inf from -inf on the way; a weight of exp(-1e4) relative to the largest is zero as well
+    smoothed, khat = function(np.where(positive, log_w, log_w.max() - 1e4))
+    return np.where(positive, smoothed, -np.inf), float(khat)
+
+
+def judge(log_p: _Array, log_q: _Array, *, dim: int, log_normalizer: float | None = None) -> Diagnostics:
+    """Diagnostics and verdict from log p and log q at fresh draws of q.
+
+    The rule: trusted if at most 1% of the draws are not finite, k-hat is below `khat_limit`, the ELBO is less
+    than `gap_limit` below the log evidence (two standard errors added), the ESS is at least 20% of the draws
+    and, where log Z is known, KL(q || p) is below `gap_limit` too.
+
+    Args:
+        log_p: Unnormalized log density of the target at the draws (S,).
+        log_q: Log density of the flow at the draws (S,).
+        dim: D, which sets the limit of the gap.
+        log_normalizer: The target's log Z where it is known.
+
+    Returns:
+        The diagnostics.
+
+    Raises:
+        DimensionError: The arrays differ in shape, or hold fewer than 100 draws.
+    """
+    log_p = np.asarray(log_p, dtype=np.float64)
+    log_q = np.asarray(log_q, dtype=np.float64)
+    if log_p.shape != log_q.shape or log_p.ndim != 1 or log_p.size < MIN_DRAWS:
+        raise DimensionError(
+            f"log_p and log_q must both have shape (S,) with S >= {MIN_DRAWS}, got {log_p.shape} and "
+            f"{log_q.shape}."
+        )
+    num = log_p.size
+    finite = np.isfinite(log_p) & np.isfinite(log_q)
+    numbers: dict[str, Any] = dict.fromkeys(
+        ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "gap", "gap_se"), float("nan")
+    )
+    khat, ess = float("inf"), 0.0
+    if finite.sum() >= 2:
+        log_w = np.full(num, -np.inf)
+        log_w[finite] = log_p[finite] - log_q[finite]
+        numbers.update(_estimates(log_w, finite))
+        smoothed, khat = psis(log_w)
+        ess = float(1 / np.exp(2 * smoothed).sum())
+    numbers |= {
+        "khat": khat,
+        "ess": ess,
+        "ess_fraction": ess / num,
+        "nonfinite_fraction": float(1 - finite.mean()),
+        "num_samples": num,
+    }
+    if log_normalizer is not None:
+        numbers |= {"kl": float(log_normalizer) - numbers["elbo"], "kl_se": numbers["elbo_se"]}
+    trusted, verdict = _verdict(Diagnostics(**numbers, trusted=False, verdict=""), gap_limit(dim))
+    return Diagnostics(**numbers, trusted=trusted, verdict=verdict)
+
+
+def _estimates(log_w: _Array, finite: NDArray[np.bool_]) -> dict[str, float]:
+    """ELBO, log evidence and their difference, each with a standard error."""
+    num, lw = log_w.size, log_w[finite]
+    elbo = lw.mean()
+    top = lw.max()
+    w = np.exp(log_w - top)
+    relative = w / w.mean()
+    # the influence of one draw on log mean w - mean log w
+    influence = relative[finite] - (lw - elbo)
+    log_evidence = top + np.log(w.mean())
+    return {
+        "elbo": float(elbo),
+        "elbo_se": float(lw.std(ddof=1) / np.sqrt(lw.size)),
+        "log_evidence": float(log_evidence),
+        "log_evidence_se": float(relative.std(ddof=1) / np.sqrt(num)),
+        "gap": float(log_evidence - elbo),
+        "gap_se": float(influence.std(ddof=1) / np.sqrt(lw.size)),
+    }
+
+
+def _verdict(d: Diagnostics, limit: float) -> tuple[bool, str]:
+    """Whether every check passed, and the sentences. A comparison with NaN fails, as it must."""
+    if not np.isfinite([d.elbo, d.log_evidence]).all():
+        return False, (
+            "Do not trust this: no draw of the flow has a finite log density. Check the model and its data "
+            "at a few points (posterior.density(z)), and try dtype=torch.float64."
+        )
+    bad: list[str] = []
+    tail_ok = d.khat < khat_limit(d.num_samples)
+    if not d.nonfinite_fraction <= NONFINITE_LIMIT:
+        bad.append(
+            f"{_percent(d.nonfinite_fraction)} of the draws have no finite log density: look for a division "
+            "by zero, an overflow or a failed Cholesky in the model, or try dtype=torch.float64."
+        )
+    if d.kl is not None and not d.kl + 2 * (d.kl_se or 0.0) < limit:
+        missing = d.log_evidence + limit < d.elbo + d.kl
+        bad.append(
+            f"The flow is {d.kl:.3g} nats from the target in KL(q || p) (limit {limit:.2g})"
+            + (
+                ", and misses part of its mass, such as a mode: use anneal=True or more restarts."
+                if missing
+                else "."
+            )
+        )
+    if not tail_ok:
+        bad.append(
+            f"The largest importance weights have a heavy tail (k-hat {d.khat:.2f}, limit "
+            f"{khat_limit(d.num_samples):.2f}): the flow is too narrow somewhere, and resample() can't "
+            "repair it. Use more flows or another family, or fit longer."
+        )
+    if not d.gap + 2 * d.gap_se < limit:
+        known = d.gap - 2 * d.gap_se >= limit or not d.gap_se < limit
+        bad.append(
+            f"The ELBO is {d.gap:.2g} ± {d.gap_se:.1g} nats below the log evidence (limit {limit:.2g}): "
+            + ("the flow lacks part of the posterior's shape. " if known else "that is not settled. ")
+            + ("Use more flows or fit longer" if known else "Diagnose with more draws")
+            + ("; until then resample() corrects the draws." if tail_ok and known else ".")
+        )
+    if not d.ess_fraction >= ESS_LIMIT:
+        bad.append(
+            f"The draws are worth {d.ess:.0f} of {d.num_samples} (limit {ESS_LIMIT:.0%}): the flow and the "
+            "posterior overlap too little. Use more flows or fit longer."
+        )
+    if bad:
+        return False, "Do not trust this yet. " + " ".join(bad)
+    return True, (
+        f"Trusted: the importance weights are well behaved (k-hat {d.khat:.2f}, limit "
+        f"{khat_limit(d.num_samples):.2f}), the ELBO is {max(d.gap, 0.0):.2g} nats below the log evidence "
+        f"(limit {limit:.2g}), and {d.ess_fraction:.0%} of the draws are effective. "
+        + (
+            "The known normalizer confirms it."
+            if d.kl is not None
+            else "A mode that the flow never visits can't show here: if there may be several, fit again with "
+            "another seed."
+        )
+    )
+
+
+def _find_psis(backend: str | None) -> Any:
+    """A function log weights (S,) -> (smoothed and normalized (S,), k-hat), from the ArviZ at hand."""
+    choices = ("arviz_stats", "arviz")
+    if backend is not None and backend not in choices:
+        raise OptionError(f"backend must be one of {', '.join(choices)} or None, got {backend!r}.")
+    problem: Exception | None = None
+    for name in choices if backend is None else (backend,):
+        try:
+            module = importlib.import_module("arviz_stats.base" if name == "arviz_stats" else "arviz")
+        except Exception as error:  # ArviZ 0.23 dies of an AttributeError beside an older arviz-plots
+            problem = error
+            continue
+        if name == "arviz_stats":
+            # it takes log likelihoods, and smooths the weights 1 / likelihood
+            return lambda log_w, function=module.array_stats.psislw: function(-log_w)
+        if hasattr(module, "psislw"):
+            return module.psislw
+    raise OptionError(f"PSIS needs ArviZ: pip install arviz, or arviz-stats. ({problem!r})") from problem
+
+
+def _normalize(log_w: _Array) -> _Array:
+    """Log weights minus their log sum."""
+    top = log_w.max()
+    return log_w - top - np.log(np.exp(log_w - top).sum())
+
+
+def _pm(value: float, error: float) -> str:
+    """`value ± error`, the value to the error's second digit."""
+    if not (np.isfinite(value) and np.isfinite(error)):
+        return f"{value:.4g} ± {error:.2g}"
+    digits = int(np.clip(1 - np.floor(np.log10(max(error, 1e-6))), 0, 6))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _percent(fraction: float) -> str:
+    """A fraction as a percentage, to two digits where it is small."""
+    return f"{100 * fraction:.2g}%"

@@ -1,0 +1,320 @@
+"""`fit`: from a target to a posterior, with nothing set; what is not said is decided here, and told."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError, UntrustedWarning
+from flowvi.fit.engine import Record, Schedule, optimize, seconds_per_step
+from flowvi.fit.whiten import Gaussian
+from flowvi.fit.whiten import whiten as whiten_
+from flowvi.flow import Flow, FlowSpec
+from flowvi.guides import default_base
+from flowvi.objectives import ELBO, LinearAnneal, PathELBO
+from flowvi.posterior import History, Posterior
+from flowvi.targets import LogDensity, as_density
+from flowvi.transforms.registry import lookup
+
+__all__ = ["fit"]
+
+NUM_PARTICLES = 256
+NUM_STEPS = 6000
+LR = 1e-2
+ANNEAL_FRACTION = 0.3
+AUTO_FLOW, AUTO_NUM_FLOWS = "planar", 32
+FEW_FLOWS = 4  # of a flow whose layers are not fused: each is a deep map by itself
+MIN_STEPS = 200
+
+
+def fit(
+    target: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dim: int | None = None,
+    flow: str | Callable[..., Any] = "auto",
+    num_flows: int | None = None,
+    num_steps: int | None = None,
+    num_particles: int | None = None,
+    lr: float | None = None,
+    anneal: bool | Callable[[int], float] | None = None,
+    whiten: bool | None = None,
+    objective: ELBO | None = None,
+    base: str | None = None,
+    restarts: int | None = None,
+    time_limit: float | None = None,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+    verify: bool | None = None,
+    **options: Any,
+) -> Posterior:
+    r"""Fit q(z) = loc + A f_K(...f_1(eps)) to a posterior by maximizing the ELBO; None lets the engine decide.
+
+    What it does: the target is traced once into a batched log density. A model or callable is whitened first
+    (the best Gaussian from 8 starts, `flowvi.fit.whiten`); an energy, which may have several modes, starts
+    at N(0, I) and is annealed (Rezende & Mohamed 2015, eq. 20). Then Adam with path gradients, a warm-up, a
+    cosine schedule, and gradient clipping; steps with a non-finite gradient are skipped and counted. Ctrl-C
+    returns the posterior so far. ``posterior.config`` says what was decided and why it stopped.
+
+    Args:
+        target: a Pyro model; an energy (`flowvi.energies`); or, with `dim`, a callable z (S, D) -> log p (S,).
+        args: the model's arguments.
+        kwargs: the model's keyword arguments.
+        dim: D of a callable.
+        flow: a registered name, or factory(input_dim, **options) such as Pyro's; "auto" is planar.
+        num_flows: K; 32 for planar and radial, 4 for others.
+        num_steps: steps of Adam; 6000.
+        num_particles: S, draws per step; 256.
+        lr: the largest step size; 1e-2.
+        anneal: True for beta from .01 to 1 over the first 30% of the steps, False for none, or a schedule
+            step -> beta. None: for energies, and where the whitening's starts disagree.
+        whiten: whether the best Gaussian is fitted first. None: for models and callables.
+        objective: an estimator in place of `num_particles` and `anneal`, such as ``flowvi.ELBO(64)``. None:
+            the path gradient where the flow has a path score, else the standard one.
+        base: the affine layer after the flow, "diag", "low_rank" or "full"; by default full up to D = 200.
+        restarts: fits from different seeds, of which the one with the best ELBO is kept; 1.
+        time_limit: seconds for the steps: their number is cut, by a measured rate, to what fits in.
+        seed: makes the fit reproducible (same machine, same threads); drawn if None. The global random state
+            is left alone either way.
+        device: where to compute; the model's arguments are moved there.
+        dtype: of the computation; torch's default, or float64 if an argument is.
+        progress: whether bars are shown; None shows them in a terminal or notebook.
+        verify: whether the result is diagnosed and a plain warning given if it can't be trusted; True.
+        **options: what the flow's factory takes.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        OptionError, UnknownFlowError: an argument can't be used.
+        DimensionError, TargetError and its children: the target can't be used; the message says why.
+
+    Example:
+        >>> import flowvi
+        >>> posterior = flowvi.fit(flowvi.energies.U2(), num_flows=4, num_steps=50, seed=0, verify=False)
+        >>> posterior.sample(10)["z"].shape
+        torch.Size([10, 2])
+    """
+    _check_counts(num_steps=num_steps, num_particles=num_particles, restarts=restarts)
+    _check_positive(lr=lr, time_limit=time_limit)
+    if objective is not None and (num_particles is not None or anneal is not None):
+        raise OptionError("give either objective=, or num_particles= and anneal=: the objective has its own.")
+    name = AUTO_FLOW if isinstance(flow, str) and flow == "auto" else flow
+    if num_flows is None:
+        fused = isinstance(name, str) and lookup(name).stack is not None
+        num_flows = AUTO_NUM_FLOWS if fused else FEW_FLOWS
+    seed = secrets.randbits(31) if seed is None else seed
+
+    timing: dict[str, float] = {}
+    start = time.perf_counter()
+    density = as_density(target, args=args, kwargs=kwargs, dim=dim, dtype=dtype, device=device)
+    timing["trace"] = time.perf_counter() - start
+
+    label = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
+    spec = FlowSpec(label, density.dim, num_flows, base or default_base(density.dim), options)
+    factory = None if isinstance(name, str) else name
+    is_energy = density.model is None and dim is None
+    plan = Plan(
+        num_steps=num_steps or NUM_STEPS,
+        num_particles=num_particles or NUM_PARTICLES,
+        lr=lr or LR,
+        anneal=anneal if anneal is not None or not is_energy else True,
+        whiten=not is_energy if whiten is None else whiten,
+        objective=objective,
+        time_limit=None if time_limit is None else time_limit / (restarts or 1),
+        progress=progress,
+    )
+    tries = []
+    for attempt in range(restarts or 1):
+        tries.append(_attempt(density, spec, factory, plan, seed + attempt, timing))
+        if tries[-1].record.stopped == "interrupted":
+            break
+    best = max(tries, key=lambda t: t.elbo)
+    q, record, decided = best.flow, best.record, best.decided
+    config = {
+        "target": density.name,
+        "flow": label,
+        "num_flows": num_flows,
+        "base": spec.base,
+        "options": dict(options),
+        "num_parameters": sum(p.numel() for p in q.parameters()),
+        **decided,
+        "restarts": restarts or 1,
+        "seed": seed,
+        "dtype": str(density.dtype).removeprefix("torch."),
+        "device": str(density.device),
+        "log_density": density.path,
+        "stopped": record.stopped,
+    }
+    posterior = Posterior(q, density, config=config, timing=timing, history=_history(record), seed=seed)
+    _report_trouble(record, config["num_particles"])
+    if verify is None or verify:
+        start = time.perf_counter()
+        found = posterior.diagnose()
+        timing["diagnose"] = time.perf_counter() - start
+        posterior.timing["diagnose"] = timing["diagnose"]
+        if not found.trusted:
+            warnings.warn(UntrustedWarning(found.verdict), stacklevel=2)
+    return posterior
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `fit` was told and decided before it starts; `anneal` is None where the whitening decides."""
+
+    num_steps: int
+    num_particles: int
+    lr: float
+    anneal: bool | Callable[[int], float] | None
+    whiten: bool
+    objective: ELBO | None
+    time_limit: float | None
+    progress: bool | None
+
+
+class Attempt(NamedTuple):
+    """One fit from one seed, with its ELBO on fresh draws."""
+
+    elbo: float
+    flow: Flow
+    record: Record
+    decided: dict[str, Any]
+
+
+def _attempt(
+    density: LogDensity,
+    spec: FlowSpec,
+    factory: Callable[..., Any] | None,
+    plan: Plan,
+    seed: int,
+    timing: dict[str, float],
+) -> Attempt:
+    generator = torch.Generator(density.device).manual_seed(seed)
+    decided: dict[str, Any] = {"whiten": plan.whiten}
+    gaussian = None
+    if plan.whiten:
+        start = time.perf_counter()
+        gaussian = whiten_(
+            density,
+            density.dim,
+            full=spec.base == "full",
+            generator=generator,
+            dtype=density.dtype,
+            progress=plan.progress,
+        )
+        _add(timing, "whiten", start)
+        decided["starts_agree"] = gaussian.agree
+    flow = _start(spec, factory, density, gaussian, seed)
+    anneal = plan.anneal
+    if anneal is None:
+        anneal = gaussian is not None and not gaussian.agree
+    num_steps = plan.num_steps
+
+    def make_objective(num_steps: int) -> ELBO:
+        if plan.objective is not None:
+            return plan.objective
+        schedule = LinearAnneal(max(1, round(ANNEAL_FRACTION * num_steps))) if anneal is True else anneal or None
+        kind = PathELBO if flow.has_path_score else ELBO
+        return kind(plan.num_particles, anneal=schedule)
+
+    start = time.perf_counter()
+    if plan.time_limit is not None:
+        cost = seconds_per_step(flow, density, make_objective(1), generator=generator)
+        num_steps = min(num_steps, max(MIN_STEPS, int(plan.time_limit / cost)))
+    objective = make_objective(num_steps)
+    record = optimize(
+        flow,
+        density,
+        objective,
+        Schedule(num_steps, plan.lr),
+        generator=generator,
+        progress=plan.progress,
+        description=f"{spec.name} K={spec.num_flows}",
+    )
+    _add(timing, "steps", start)
+    decided |= {
+        "num_steps": num_steps,
+        "num_particles": objective.num_particles,
+        "lr": plan.lr,
+        "anneal": repr(objective.anneal) if objective.anneal is not None else None,
+        "gradient": "path" if objective.path else "standard",
+    }
+    return Attempt(_fresh_elbo(flow, density, generator), flow, record, decided)
+
+
+def _start(
+    spec: FlowSpec,
+    factory: Callable[..., Any] | None,
+    density: LogDensity,
+    gaussian: Gaussian | None,
+    seed: int,
+) -> Flow:
+    """The flow at the identity on top of the Gaussian, its random directions drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        flow = Flow.from_spec(spec, dtype=density.dtype, device=density.device, factory=factory)
+    if gaussian is not None:
+        flow.transforms[-1].set_(gaussian.loc, gaussian.scale_tril)
+    return flow
+
+
+@torch.no_grad()
+def _fresh_elbo(flow: Flow, density: LogDensity, generator: torch.Generator, num_samples: int = 4096) -> float:
+    """The ELBO on draws that no step saw; -inf where it is not finite, so that such an attempt never wins."""
+    z, log_q = flow.rsample_and_log_prob(num_samples, generator=generator)
+    elbo = float((density(z) - log_q).mean())
+    return elbo if math.isfinite(elbo) else -math.inf
+
+
+def _history(record: Record) -> History:
+    return History(
+        step=torch.arange(len(record.beta)),
+        elbo=record.elbo,
+        beta=torch.tensor(record.beta, dtype=torch.float64),
+        skipped_steps=record.skipped_steps,
+        nonfinite_particles=record.nonfinite_particles,
+    )
+
+
+def _report_trouble(record: Record, num_particles: int) -> None:
+    steps = len(record.beta)
+    if record.stopped == "interrupted":
+        warnings.warn(
+            InterruptedWarning(f"stopped by Ctrl-C after {steps} steps; this is the posterior so far."), stacklevel=3
+        )
+    lost = record.nonfinite_particles / max(1, steps * num_particles)
+    if record.skipped_steps or lost > 1e-3:
+        warnings.warn(
+            NumericalWarning(
+                f"{record.skipped_steps} of {steps} steps were skipped for a non-finite gradient, and {lost:.1%} of "
+                f"the particles left out for a non-finite log density: the target is not finite where q puts mass. "
+                f"Check its support and scales, or start closer with whiten=True."
+            ),
+            stacklevel=3,
+        )
+
+
+def _add(timing: dict[str, float], phase: str, start: float) -> None:
+    timing[phase] = timing.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise OptionError(f"{name} must be a positive integer or None, not {value!r}.")
+
+
+def _check_positive(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise OptionError(f"{name} must be a positive number or None, not {value!r}.")

@@ -1,0 +1,171 @@
+r"""Whitening: the best Gaussian first, so that the flow starts at the identity on a problem of unit scale.
+
+Natural-gradient variational inference for a Gaussian N(mu, L L^T), from several dispersed starts in one batch.
+With z = mu + L e, e ~ N(0, I), g = d log p/dz and G = L^T g + e (the gradient in e of log p(z) - log q(z) is
+G, since d log q/de = -e), a step is
+
+    mu <- mu + L clip(rho mean(G)),    L <- L (I + clip(rho tril'(cov(G, e)))),
+
+where tril' halves the diagonal: the natural gradient of the ELBO in the coordinates that L defines (Amari 1998;
+Lin, Khan & Schmidt 2019, arXiv:1906.02914; Stein's lemma gives the curvature from gradients alone).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flowvi.errors import NonFiniteError
+from flowvi.objectives import Target
+
+CANDIDATES = 64
+RHO, RHO_END = 0.3, 0.03
+CLIP_LOC, CLIP_SCALE = 0.5, 0.3
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The outcome of `whiten`.
+
+    Attributes:
+        loc: mu, (D,).
+        scale_tril: L, (D, D) lower triangular, or (D,) where it is diagonal.
+        elbo: its ELBO, over the last iterations.
+        start_elbos: every start's ELBO, (R,).
+        start_locs: where every start ended, (R, D).
+        agree: whether the starts within 3 nats of the best ended in one place.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: float
+    start_elbos: Tensor
+    start_locs: Tensor
+    agree: bool
+
+
+@torch.no_grad()
+def whiten(
+    target: Target,
+    dim: int,
+    *,
+    full: bool,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    num_starts: int = 8,
+    num_steps: int = 150,
+    num_particles: int = 32,
+    progress: bool | None = None,
+) -> Gaussian:
+    """Fit a Gaussian from several starts; polish the best one.
+
+    Args:
+        target: log p and its gradient.
+        dim: D.
+        full: a full L (D^2 numbers for each start), or a diagonal one.
+        generator: where the randomness comes from, on the target's device.
+        dtype: of the computation.
+        num_starts: R; each start is the best of 64 draws from U(-2, 2).
+        num_steps: iterations of the starts, and again of the polish.
+        num_particles: S of each start, half of them mirrored; the polish has twice as many.
+        progress: whether a bar is shown; None shows it in a terminal or notebook.
+
+    Raises:
+        NonFiniteError: log p is not finite anywhere near the origin.
+    """
+    loc = _starts(target, dim, num_starts, generator, dtype)
+    eye = torch.ones(dim) if not full else torch.eye(dim)
+    tril = 0.1 * eye.to(loc).expand(num_starts, *eye.shape).clone()
+    bar = tqdm(total=2 * num_steps, desc="whiten", disable=None if progress is None else not progress)
+    with bar:
+        loc, tril, elbos, _ = _ascend(target, loc, tril, num_steps, num_particles, generator, bar)
+        best = int(torch.nan_to_num(elbos, nan=-torch.inf).argmax())
+        agree = _agree(loc, tril, elbos, best)
+        start_elbos, start_locs = elbos, loc
+        loc, tril, elbos, _ = _ascend(
+            target, loc[best : best + 1], tril[best : best + 1], num_steps, 2 * num_particles, generator, bar
+        )
+    return Gaussian(loc[0], tril[0], float(elbos[0]), start_elbos, start_locs, agree)
+
+
+def _starts(target: Target, dim: int, num: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    z = 4 * torch.rand(num * CANDIDATES, dim, generator=generator, dtype=dtype, device=generator.device) - 2
+    log_p, grad = target.value_and_grad(z)
+    fine = torch.isfinite(log_p) & torch.isfinite(grad).all(-1)
+    if not bool(fine.any()):
+        raise NonFiniteError(
+            f"log p or its gradient is not finite at any of {len(z)} points drawn from U(-2, 2)^{dim} in "
+            f"unconstrained space: check the data and the model's scales."
+        )
+    log_p = torch.where(fine, log_p, -torch.inf).view(num, CANDIDATES)
+    return z.view(num, CANDIDATES, dim)[torch.arange(num), log_p.argmax(-1)]
+
+
+def _ascend(
+    target: Target,
+    loc: Tensor,
+    tril: Tensor,
+    num_steps: int,
+    num_particles: int,
+    generator: torch.Generator,
+    bar: tqdm,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`num_steps` natural-gradient steps of R Gaussians at once; averages over the last quarter."""
+    num_starts, dim = loc.shape
+    full = tril.dim() == 3
+    half = (num_particles + 1) // 2
+    mean_loc, mean_tril, elbo, failed = torch.zeros_like(loc), torch.zeros_like(tril), torch.zeros_like(loc[:, 0]), 0
+    tail = max(1, num_steps // 4)
+    for step in range(num_steps):
+        late = max(0.0, 2 * step / num_steps - 1)
+        rho = RHO * (RHO_END / RHO) ** late
+        e = torch.randn(num_starts, half, dim, generator=generator, dtype=loc.dtype, device=loc.device)
+        e = torch.cat([e, -e], 1)
+        z = loc.unsqueeze(1) + (e @ tril.mT if full else e * tril.unsqueeze(1))
+        log_p, grad = target.value_and_grad(z.reshape(-1, dim))
+        log_p, grad = log_p.view(e.shape[:2]), grad.view(e.shape)
+        fine = (torch.isfinite(log_p) & torch.isfinite(grad).all(-1)).all(-1)
+        failed += int((~fine).sum())
+        # Only where every particle is finite is there a step; elsewhere the Gaussian shrinks towards its centre.
+        grad = torch.where(fine.view(-1, 1, 1), grad, 0.0)
+        pull = (grad @ tril if full else grad * tril.unsqueeze(1)) + e
+        move = rho * pull.mean(1)
+        length = torch.linalg.vector_norm(move, dim=-1, keepdim=True)
+        move = move * (CLIP_LOC * dim**0.5 / length.clamp_min(1e-12)).clamp_max(1.0)
+        centred = pull - pull.mean(1, keepdim=True)
+        if full:
+            bend = torch.tril(centred.mT @ e) / e.shape[1]
+            bend = bend - 0.5 * torch.diag_embed(bend.diagonal(dim1=-2, dim2=-1))
+            length = torch.linalg.matrix_norm(rho * bend).view(-1, 1, 1)
+        else:
+            bend = 0.5 * (centred * e).mean(1)
+            length = (rho * bend).abs().amax(-1, keepdim=True)
+        bend = rho * bend * (CLIP_SCALE / length.clamp_min(1e-12)).clamp_max(1.0)
+        step_loc = (tril @ move.unsqueeze(-1)).squeeze(-1) if full else tril * move
+        step_tril = tril @ bend if full else tril * bend
+        loc = torch.where(fine.unsqueeze(-1), loc + step_loc, loc)
+        shape = (-1, 1, 1) if full else (-1, 1)
+        tril = torch.where(fine.view(shape), tril + step_tril, 0.7 * tril)
+        if step >= num_steps - tail:
+            mean_loc += loc / tail
+            mean_tril += tril / tail
+            diagonal = tril.diagonal(dim1=-2, dim2=-1) if full else tril
+            entropy = diagonal.abs().log().sum(-1) + 0.5 * dim * (1 + math.log(2 * math.pi))
+            elbo += (log_p.mean(1) + entropy) / tail
+        bar.update(1)
+    return mean_loc, mean_tril, elbo, failed
+
+
+def _agree(loc: Tensor, tril: Tensor, elbos: Tensor, best: int) -> bool:
+    """Whether every start within 3 nats of the best is at its place, by the best one's own scale."""
+    near = elbos > elbos[best] - 3
+    offset = loc[near] - loc[best]
+    if tril.dim() == 3:
+        offset = torch.linalg.solve_triangular(tril[best], offset.mT, upper=False).mT
+    else:
+        offset = offset / tril[best]
+    return bool((torch.linalg.vector_norm(offset, dim=-1) < 1 + 0.5 * loc.shape[-1] ** 0.5).all())

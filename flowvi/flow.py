@@ -1,0 +1,298 @@
+r"""Flow: a distribution made of a base and a chain of invertible maps.
+
+log q_K(z_K) = log q_0(z_0) - sum_k log|det df_k/dz_{k-1}| (Rezende & Mohamed 2015, arXiv:1505.05770, eq. 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch import TransformedDistribution
+from torch import Tensor, nn
+from torch.distributions.transforms import Transform as TorchTransform
+
+from flowvi.errors import DimensionError, OptionError
+from flowvi.transforms.affine import Affine
+from flowvi.transforms.base import InvertibleMap
+from flowvi.transforms.registry import build
+
+__all__ = ["Flow", "FlowSpec"]
+
+FULL_BASE_LIMIT = 200
+"""The largest D at which the affine layer is full by default (D^2 parameters); above it is low rank."""
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """All that is needed to build a flow's structure again; plain data, so that it can be saved.
+
+    Attributes:
+        name: a registered flow.
+        dim: D.
+        num_flows: K, the number of layers; 0 leaves the affine layer alone.
+        base: the affine layer after the K layers: "diag", "low_rank" or "full".
+        options: what the flow's factory takes.
+    """
+
+    name: str
+    dim: int
+    num_flows: int
+    base: str = "full"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as a dictionary of plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FlowSpec:
+        """The spec that `to_dict` wrote."""
+        return cls(**data)
+
+
+class Flow(TransformedDistribution):
+    """q(z): a base distribution of R^D pushed through transforms, with everything that inference asks of it.
+
+    Args:
+        base: a reparameterized distribution over R^D (event shape (D,), or batch shape (D,) of scalars), or D
+            itself for the standard normal.
+        transforms: the maps, from the base outwards; each acts on R^D.
+
+    Raises:
+        DimensionError: base and transforms don't agree on D.
+
+    Example:
+        >>> import torch, flowvi
+        >>> from flowvi.transforms import Affine, PlanarStack
+        >>> flow = flowvi.Flow(2, [PlanarStack(2, num_flows=8), Affine(2, kind="full")])
+        >>> z = flow.sample((100,))
+        >>> flow.log_prob(z).shape
+        torch.Size([100])
+    """
+
+    def __init__(
+        self,
+        base: torch.distributions.Distribution | int,
+        transforms: Sequence[TorchTransform] | TorchTransform,
+        *,
+        validate_args: bool | None = None,
+        spec: FlowSpec | None = None,
+    ) -> None:
+        transforms = [transforms] if isinstance(transforms, TorchTransform) else list(transforms)
+        self.module = nn.ModuleList([t for t in transforms if isinstance(t, nn.Module)])
+        self.spec = spec
+        if isinstance(base, int):
+            like = next(self.module.parameters(), torch.empty(0))
+            base = dist.Normal(like.new_zeros(()), like.new_ones(())).expand([base]).to_event(1)
+        elif base.event_shape == () and base.batch_shape:
+            base = torch.distributions.Independent(base, 1)
+        if len(base.event_shape) != 1:
+            raise DimensionError(
+                f"the base of a Flow is a distribution over R^D, with event shape (D,); this one has event shape "
+                f"{tuple(base.event_shape)} and batch shape {tuple(base.batch_shape)}."
+            )
+        super().__init__(base, transforms, validate_args=validate_args)
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: FlowSpec,
+        *,
+        loc: Tensor | float = 0.0,
+        scale: Tensor | float = 1.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        factory: Callable[..., TorchTransform] | None = None,
+    ) -> Flow:
+        """A flow at its start: K layers at the identity, then the affine layer at (loc, scale).
+
+        Args:
+            spec: its structure.
+            loc: where the affine layer starts, (D,) or a number.
+            scale: the scales it starts at, (D,) or a number.
+            dtype: of the parameters; torch's default if None.
+            device: of the parameters.
+            factory: builds a layer in place of the registered ``spec.name``.
+
+        Raises:
+            UnknownFlowError: ``spec.name`` is not registered.
+        """
+        layers = build(factory or spec.name, spec.dim, spec.num_flows, **dict(spec.options))
+        dtype = dtype or torch.get_default_dtype()
+        loc = torch.as_tensor(loc, dtype=dtype)
+        layers.append(Affine(spec.dim, spec.base, loc=loc, scale=torch.as_tensor(scale, dtype=dtype)))
+        for layer in layers:
+            if isinstance(layer, nn.Module):
+                layer.to(device=device, dtype=dtype)
+        return cls(spec.dim, layers, spec=spec)
+
+    # Sampling.
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.event_shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return next(self.module.parameters(), self.base_dist.mean).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The parameters' device."""
+        return next(self.module.parameters(), self.base_dist.mean).device
+
+    def _base_rsample(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+        base = self.base_dist
+        if generator is None:
+            return base.rsample(shape)
+        inner = base
+        while isinstance(inner, torch.distributions.Independent):
+            inner = inner.base_dist
+        if isinstance(inner, torch.distributions.Normal):
+            eps = torch.randn(
+                shape + base.batch_shape + base.event_shape,
+                generator=generator,
+                dtype=inner.loc.dtype,
+                device=inner.loc.device,
+            )
+            return inner.loc + inner.scale * eps
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+            return base.rsample(shape)
+
+    def _base_score(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.base_dist.log_prob(x).sum(), x)[0]
+
+    def rsample_and_log_prob(
+        self, num_samples: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """z (S, D) and log q(z) (S,) in one pass, both with their graph.
+
+        Args:
+            num_samples: S.
+            generator: where the randomness comes from; torch's global generator if None.
+        """
+        x = self._base_rsample(torch.Size([num_samples]), generator)
+        log_q = self.base_dist.log_prob(x)
+        for t in self.transforms:
+            x, log_det = _forward(t, x)
+            log_q = log_q - log_det
+        return x, log_q
+
+    def rsample_with_score(
+        self, num_samples: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z (S, D), log q(z) (S,), both with their graph, and d log q(z)/dz (S, D) without one, in one pass.
+
+        The score is carried forward through the layers; no inverse is computed (Vaitl et al. 2024,
+        arXiv:2207.08219).
+
+        Args:
+            num_samples: S.
+            generator: where the randomness comes from; torch's global generator if None.
+
+        Raises:
+            OptionError: a transform has no path score; `has_path_score` tells beforehand.
+        """
+        self._require_path_score()
+        x = self._base_rsample(torch.Size([num_samples]), generator)
+        log_q, score = self.base_dist.log_prob(x), self._base_score(x)
+        for t in self.transforms:
+            x, log_det, score = t.forward_with_score(x, score)
+            log_q = log_q - log_det
+        return x, log_q, score.detach()
+
+    @property
+    def has_path_score(self) -> bool:
+        """Whether every transform carries the score forward, so that path gradients are cheap."""
+        return all(getattr(t, "has_path_score", False) for t in self.transforms)
+
+    def _require_path_score(self) -> None:
+        for t in self.transforms:
+            if not getattr(t, "has_path_score", False):
+                raise OptionError(
+                    f"{type(t).__name__} has no path score: use the standard ELBO (flowvi.ELBO), whose gradient "
+                    f"needs none."
+                )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log q(value), exact for any value of shape (..., D), by the inverses.
+
+        Raises:
+            DimensionError: the last dimension is not D.
+        """
+        if value.dim() == 0 or value.shape[-1] != self.dim:
+            raise DimensionError(
+                f"this flow lives on R^D with D = {self.dim}, but the value has shape {tuple(value.shape)}: "
+                f"its last dimension must be {self.dim}."
+            )
+        return super().log_prob(value)
+
+    def score(self, value: Tensor) -> Tensor:
+        """d log q(value)/d value (..., D), without a graph.
+
+        By the forward recurrence from the base point that gave `value` (remembered, if it was just sampled),
+        or by autograd where a transform has no path score.
+        """
+        if not self.has_path_score:
+            with torch.enable_grad():
+                value = value.detach().requires_grad_()
+                return torch.autograd.grad(self.log_prob(value).sum(), value)[0]
+        with torch.no_grad():
+            x = value
+            for t in reversed(self.transforms):
+                x = t.inv(x)
+            x = x.detach()
+            score = self._base_score(x)
+            for t in self.transforms:
+                x, _, score = t.forward_with_score(x, score)
+        return score
+
+    def expand(self, batch_shape: torch.Size | Sequence[int], _instance: Any = None) -> Flow:
+        """The same flow with another batch shape, sharing its transforms."""
+        shape = torch.Size(batch_shape)
+        return Flow(self.base_dist.expand(shape), self.transforms, validate_args=False, spec=self.spec)
+
+    # What torch users expect of something that has parameters.
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The learnable parameters of all transforms."""
+        return self.module.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The parameters by name."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the parameters that `state_dict` gave."""
+        self.module.load_state_dict(dict(state))
+
+    def __repr__(self) -> str:
+        lines = [f"Flow on R^{self.dim}, {sum(p.numel() for p in self.parameters())} parameters"]
+        lines += [f"  base  {type(_innermost(self.base_dist)).__name__}"]
+        lines += [f"  {'->':<4}  {t}" for t in self.transforms]
+        return "\n".join(lines)
+
+
+def _innermost(base: torch.distributions.Distribution) -> torch.distributions.Distribution:
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    return base
+
+
+def _forward(t: TorchTransform, x: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(t, InvertibleMap):
+        return t.forward_and_log_det(x)
+    y = t(x)
+    log_det = t.log_abs_det_jacobian(x, y)
+    if log_det.dim() == x.dim():  # an elementwise transform of torch's
+        log_det = log_det.sum(-1)
+    return y, log_det

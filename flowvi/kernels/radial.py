@@ -1,0 +1,173 @@
+r"""Radial layers and stacks of them, in plain torch.
+
+One layer (Rezende & Mohamed 2015, arXiv:1505.05770, eq. 14 and appendix A.2) is
+
+    f(z) = z0 + g (z - z0),    g = (r + s) / (alpha + r),    r = |z - z0|,    alpha > 0,    s > 0,
+
+the paper's z + beta h (z - z0) with h = 1 / (alpha + r) and beta = s - alpha > -alpha. Both factors of the
+determinant are ratios of positive sums, without cancellation:
+
+    log|det| = (D - 1) log g + log h2,    h2 = (alpha s + 2 alpha r + r^2) / (alpha + r)^2 = d(g r)/dr.
+
+alpha and s are (a + sqrt(a^2 + 4)) / 2 of raw parameters a: positive, 1 at 0, and with tails like a and 1/|a|
+that neither underflow nor stop learning. Equal raw parameters give s = alpha, the identity.
+
+The Jacobian g I + (h2 - g) r̂ r̂^T is symmetric with eigenvalues g (D - 1 times) and h2 (along r̂), so its
+inverse is 1/g and 1/h2 along the same directions. The inverse map is in closed form too: with R = |y - z0| =
+g r, r is the positive root of r^2 + (s - R) r - alpha R = 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def positive(raw: Tensor) -> Tensor:
+    """(a + sqrt(a^2 + 4)) / 2 > 0, elementwise, without cancellation for either sign."""
+    size = (raw.abs() + torch.sqrt(raw * raw + 4)) / 2
+    return torch.where(raw >= 0, size, 1 / size)
+
+
+def _positive_slope(raw: Tensor) -> Tensor:
+    return positive(raw) / torch.sqrt(raw * raw + 4)
+
+
+def _factors(r: Tensor, alpha: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """g and h2 of the docstring on top, of the shape of r."""
+    reach = alpha + r
+    return (r + s) / reach, (alpha * s + 2 * alpha * r + r * r) / (reach * reach)
+
+
+def _unit(offset: Tensor, r: Tensor) -> Tensor:
+    """r̂ (..., D), zero at the centre, where every direction is as good."""
+    return offset / r.clamp_min(torch.finfo(r.dtype).tiny).unsqueeze(-1)
+
+
+def layer(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer: y (..., D) and log|det| (...) from x, z0 (..., D), raw_alpha and raw_s (...)."""
+    alpha, s = positive(raw_alpha), positive(raw_s)
+    offset = x - z0
+    r = torch.linalg.vector_norm(offset, dim=-1)
+    g, h2 = _factors(r, alpha, s)
+    return z0 + g.unsqueeze(-1) * offset, (x.shape[-1] - 1) * torch.log(g) + torch.log(h2)
+
+
+def layer_inverse(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> Tensor:
+    """x (..., D) with layer(x) = y: the positive root in the form that does not cancel, for each sign."""
+    alpha, s = positive(raw_alpha), positive(raw_s)
+    offset = y - z0
+    big = torch.linalg.vector_norm(offset, dim=-1)
+    b = big - s
+    root = torch.sqrt(b * b + 4 * alpha * big)
+    behind = b < 0
+    r = torch.where(behind, 2 * alpha * big / (root + b.abs()), (root + b.abs()) / 2)
+    # 1/g, and not r/R, which is 0/0 at the centre.
+    return z0 + ((alpha + r) / (r + s)).unsqueeze(-1) * offset
+
+
+def layer_score(
+    x: Tensor, score: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer`, and d log q(y)/dy (..., D) from d log q(x)/dx (..., D): J^-1 (score - d log|det|/dx)."""
+    alpha, s = positive(raw_alpha), positive(raw_s)
+    dim = x.shape[-1]
+    offset = x - z0
+    r = torch.linalg.vector_norm(offset, dim=-1)
+    g, h2 = _factors(r, alpha, s)
+    unit = _unit(offset, r)
+    along = (score * unit).sum(-1)
+    slope = _log_det_slope(r, alpha, s, dim)
+    y = z0 + g.unsqueeze(-1) * offset
+    out = score / g.unsqueeze(-1) + ((along - slope) / h2 - along / g).unsqueeze(-1) * unit
+    return y, (dim - 1) * torch.log(g) + torch.log(h2), out
+
+
+def _log_det_slope(r: Tensor, alpha: Tensor, s: Tensor, dim: int) -> Tensor:
+    """d log|det| / dr."""
+    reach = alpha + r
+    return (
+        (dim - 1) * (alpha - s) / ((r + s) * reach)
+        + 2 * reach / (alpha * s + 2 * alpha * r + r * r)
+        - 2 / reach
+    )
+
+
+def stack_forward(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K layers: y (S, D), log|det| (S,), and for the backward pass every layer's input (K, S, D) and r (K, S).
+
+    The inputs are kept, not rebuilt from y: dividing by g undoes a contraction and would amplify rounding.
+
+    Args:
+        x: points, (S, D).
+        z0: centres, (K, D).
+        raw_alpha: raw alpha, (K,).
+        raw_s: raw s, (K,).
+    """
+    alpha, s = positive(raw_alpha), positive(raw_s)
+    inputs = x.new_empty(z0.shape[0], *x.shape)
+    r = x.new_empty(z0.shape[0], x.shape[0])
+    for k in range(z0.shape[0]):
+        inputs[k] = x
+        offset = x - z0[k]
+        torch.linalg.vector_norm(offset, dim=-1, out=r[k])
+        g = (r[k] + s[k]) / (r[k] + alpha[k])
+        x = torch.addcmul(z0[k], offset, g.unsqueeze(-1))
+    g, h2 = _factors(r, alpha.unsqueeze(-1), s.unsqueeze(-1))
+    log_det = torch.log(g).sum(0).mul_(x.shape[-1] - 1).add_(torch.log(h2).sum(0))
+    return x.clone() if z0.shape[0] == 0 else x, log_det, inputs, r
+
+
+def stack_backward(
+    g_y: Tensor | None,
+    g_log_det: Tensor | None,
+    inputs: Tensor,
+    z0: Tensor,
+    raw_alpha: Tensor,
+    raw_s: Tensor,
+    r: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The transpose of `stack_forward`: gradients to x (S, D), z0 (K, D), raw_alpha (K,), raw_s (K,).
+
+    A missing cotangent (None) counts as zero.
+    """
+    dim = z0.shape[-1]
+    alpha, s = positive(raw_alpha).unsqueeze(-1), positive(raw_s).unsqueeze(-1)
+    g, _ = _factors(r, alpha, s)
+    reach, inner = alpha + r, r + s
+    # What log|det| = (D - 1) log g + log h2 pulls on r, alpha and s.
+    if g_log_det is None:
+        pull_r = pull_alpha = pull_s = torch.zeros_like(r)
+    else:
+        quad = alpha * s + 2 * alpha * r + r * r
+        pull_r = g_log_det * _log_det_slope(r, alpha, s, dim)
+        pull_alpha = g_log_det * ((1 - dim) / reach + (s + 2 * r) / quad - 2 / reach)
+        pull_s = g_log_det * ((dim - 1) / inner + alpha / quad)
+    cot = g_y if g_y is not None else torch.zeros_like(inputs[0])
+    g_z0, g_g = torch.empty_like(z0), torch.empty_like(r)
+    dg_dr = (alpha - s) / (reach * reach)
+    for k in range(z0.shape[0] - 1, -1, -1):
+        offset = inputs[k] - z0[k]
+        g_g[k] = (cot * offset).sum(-1)
+        along = torch.addcmul(pull_r[k], g_g[k], dg_dr[k])
+        g_x = torch.addcmul(cot * g[k].unsqueeze(-1), _unit(offset, r[k]), along.unsqueeze(-1))
+        g_z0[k] = (cot - g_x).sum(0)
+        cot = g_x
+    g_alpha = (pull_alpha - g_g * g / reach).sum(-1)
+    g_s = (pull_s + g_g / reach).sum(-1)
+    return cot, g_z0, g_alpha * _positive_slope(raw_alpha), g_s * _positive_slope(raw_s)
+
+
+def stack_score(
+    inputs: Tensor, score: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor, r: Tensor
+) -> Tensor:
+    """The score of q at the stack's output, (S, D), from the score at its input and `stack_forward`'s rest."""
+    alpha, s = positive(raw_alpha).unsqueeze(-1), positive(raw_s).unsqueeze(-1)
+    g, h2 = _factors(r, alpha, s)
+    slope = _log_det_slope(r, alpha, s, z0.shape[-1])
+    for k in range(z0.shape[0]):
+        unit = _unit(inputs[k] - z0[k], r[k])
+        along = (score * unit).sum(-1)
+        bend = (along - slope[k]) / h2[k] - along / g[k]
+        score = torch.addcmul(score / g[k].unsqueeze(-1), unit, bend.unsqueeze(-1))
+    return score

@@ -1,0 +1,200 @@
+r"""What is maximized: the ELBO, by its standard or its path gradient, annealed or not.
+
+With z = T(eps) from q and beta in (0, 1], the objective is (Rezende & Mohamed 2015, arXiv:1505.05770, eq. 20)
+
+    F_beta = E_q[beta log p(x, z) - log q(z)],
+
+whose value at beta = 1 is the ELBO. beta multiplies the whole log joint, not only its KL part. Two unbiased
+estimators of the gradient:
+
+- standard: the derivative of everything, d/dphi (beta log p(z_phi) - log q_phi(z_phi));
+- path (Roeder et al. 2017, arXiv:1703.09194; Vaitl et al. 2024, arXiv:2207.08219): the derivative through z
+  alone, (beta d log p/dz - d log q/dz) dz/dphi. What it leaves out, d log q_phi/dphi at fixed z, has mean zero;
+  so it is unbiased too, and exactly zero, sample by sample, where q equals p^beta.
+
+Each class here is both: the engine's estimator (`backward`, on a Flow and a LogDensity), and a Pyro ELBO that
+`SVI` takes as its ``loss``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import detach, scale_and_mask
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from flowvi.errors import OptionError
+from flowvi.flow import Flow
+
+__all__ = ["ELBO", "AnnealedELBO", "LinearAnneal", "PathELBO"]
+
+
+class Target(Protocol):
+    """What an objective asks of a target: log p(z) (S,) and its gradient (S, D)."""
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log p (S,) and d log p/dz (S, D) at z (S, D), without a graph."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearAnneal:
+    """beta_t = min(1, start + t / num_steps), the paper's schedule (eq. 20: start 0.01, num_steps 10000)."""
+
+    num_steps: int = 10_000
+    start: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or not 0 < self.start <= 1:
+            raise OptionError(
+                f"annealing takes num_steps >= 1 and 0 < start <= 1, not {self.num_steps} and {self.start}."
+            )
+
+    def __call__(self, step: int) -> float:
+        """beta at a step, counted from 0."""
+        return min(1.0, self.start + step / self.num_steps)
+
+
+class Estimate(NamedTuple):
+    """What one step of an objective saw, without graphs: log q, log p and which particles were finite, (S,)."""
+
+    log_q: Tensor
+    log_p: Tensor
+    valid: Tensor
+
+
+class ELBO(Trace_ELBO):
+    """The evidence lower bound with its standard gradient; `SVI` takes it as ``loss``.
+
+    Args:
+        num_particles: S, samples for each gradient.
+        anneal: beta at each step, such as `LinearAnneal`; None is beta = 1. As a Pyro loss it counts the calls
+            of ``loss_and_grads``; ``loss`` alone is never annealed.
+        **options: of Pyro's ``Trace_ELBO`` (``vectorize_particles``, ``max_plate_nesting``, ...).
+
+    Example:
+        >>> import flowvi
+        >>> flowvi.PathELBO(num_particles=256)
+        PathELBO(num_particles=256)
+    """
+
+    path = False
+
+    def __init__(
+        self, num_particles: int = 1, *, anneal: Callable[[int], float] | None = None, **options: Any
+    ) -> None:
+        super().__init__(num_particles=num_particles, **options)
+        self.anneal = anneal
+        self._step = 0
+
+    def __repr__(self) -> str:
+        schedule = f", anneal={self.anneal}" if self.anneal is not None else ""
+        return f"{type(self).__name__}(num_particles={self.num_particles}{schedule})"
+
+    def beta(self, step: int) -> float:
+        """beta at a step, counted from 0."""
+        return 1.0 if self.anneal is None else self.anneal(step)
+
+    # For the engine.
+
+    def backward(
+        self, flow: Flow, target: Target, *, beta: float = 1.0, generator: torch.Generator | None = None
+    ) -> Estimate:
+        """Add the gradient of -F_beta to the ``.grad`` of the flow's parameters.
+
+        A particle with a non-finite log p, log q or gradient is left out of the mean.
+
+        Args:
+            flow: q, over R^D.
+            target: log p and its gradient.
+            beta: the annealing, `beta(step)` for a step of the schedule.
+            generator: where the randomness comes from.
+
+        Raises:
+            OptionError: the path gradient is asked of a flow without a path score.
+        """
+        if self.path:
+            z, log_q, score = flow.rsample_with_score(self.num_particles, generator=generator)
+        else:
+            z, log_q = flow.rsample_and_log_prob(self.num_particles, generator=generator)
+        z_, log_q_ = z.detach(), log_q.detach()
+        log_p, grad = target.value_and_grad(z_)
+        pull = score - beta * grad if self.path else -beta * grad
+        valid = torch.isfinite(log_p) & torch.isfinite(log_q_) & torch.isfinite(pull).all(-1)
+        weight = valid / valid.sum().clamp_min(1)
+        pull = torch.where(valid.unsqueeze(-1), pull, 0.0) * weight.unsqueeze(-1)
+        if self.path:
+            torch.autograd.backward(z, pull.to(z.dtype))
+        else:
+            torch.autograd.backward([z, log_q], [pull.to(z.dtype), weight.to(log_q.dtype)])
+        return Estimate(log_q_, log_p, valid)
+
+    # As a Pyro loss.
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        beta = self.__dict__.get("_beta_now", 1.0)
+        if beta != 1.0:
+            model = poutine.scale(model, scale=beta)
+        return super()._get_trace(model, guide, args, kwargs)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Pyro's ``loss_and_grads``: -F_beta at this call's beta, and its gradient."""
+        self._beta_now = self.beta(self._step)
+        try:
+            loss = super().loss_and_grads(model, guide, *args, **kwargs)
+        finally:
+            self._beta_now = 1.0
+        self._step += 1
+        return loss
+
+    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
+        if not self.path:
+            return super()._differentiable_loss_particle(model_trace, guide_trace)
+        elbo = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
+        surrogate = model_trace.log_prob_sum()
+        for name, site in guide_trace.nodes.items():
+            if site["type"] == "sample" and not site["is_observed"]:
+                surrogate = surrogate - _path_log_prob(name, site)
+        return -float(elbo.detach()), -surrogate
+
+
+class PathELBO(ELBO):
+    """The ELBO with its path gradient: less noise, and none at all where q equals the posterior.
+
+    For flowvi's guides it costs one more forward recurrence; any other fully reparameterized guide is taken
+    too. Source: Roeder et al. 2017, arXiv:1703.09194.
+    """
+
+    path = True
+
+
+class AnnealedELBO(ELBO):
+    """The standard ELBO with the paper's annealing, beta_t = min(1, 0.01 + t / 10000) (eq. 20), unless told."""
+
+    def __init__(
+        self, num_particles: int = 1, *, anneal: Callable[[int], float] | None = None, **options: Any
+    ) -> None:
+        super().__init__(num_particles, anneal=anneal or LinearAnneal(), **options)
+
+
+def _path_log_prob(name: str, site: dict[str, Any]) -> Tensor:
+    """log q of one guide site, whose gradient runs through the sampled value alone."""
+    fn, value = site["fn"], site["value"]
+    if isinstance(fn, (pyro.distributions.Delta, pyro.distributions.Unit)):
+        return site["log_prob_sum"]
+    if not fn.has_rsample:
+        raise OptionError(
+            f"the path gradient needs a reparameterized guide, but site {name!r} is drawn from "
+            f"{type(fn).__name__}, which has no rsample: use flowvi.ELBO or pyro.infer.TraceGraph_ELBO."
+        )
+    if isinstance(fn, Flow):
+        log_prob = (value * fn.score(value)).sum(-1)
+    else:
+        log_prob = detach(fn).log_prob(value)
+    return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()

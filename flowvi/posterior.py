@@ -1,0 +1,741 @@
+"""What a user holds after a fit: draws, densities, summaries, a verdict, and a file.
+
+A `Posterior` joins a flow q(z) on unconstrained z in R^D with the `LogDensity` that knows the target and the
+map z -> x to the model's sites. Densities of sites follow by the change of variables
+
+    log q(x) = log q(z(x)) + log |det dz/dx|.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowvi._version import __version__
+from flowvi.diagnostics import Diagnostics, judge, psis
+from flowvi.errors import DimensionError, FileFormatError, NonFiniteError, OptionError, TargetError
+
+if TYPE_CHECKING:
+    from flowvi.flow import Flow
+    from flowvi.targets import LogDensity
+
+__all__ = ["History", "Posterior", "load"]
+
+_PERCENTS = (5, 50, 95)
+_MAX_ROWS = 30  # of the printed table
+_CHUNK_ELEMENTS = 2**21  # of z at a time, however many draws are asked for
+_SUMMARY_ELEMENTS = 2**23  # of the draws behind mean, std and quantiles
+_POOL = 10_000  # at least so many draws to resample from
+
+
+@dataclass(frozen=True)
+class History:
+    """The trace of a fit, one row for every recorded step.
+
+    Attributes:
+        step: Step numbers (T,).
+        elbo: The smoothed training ELBO at these steps (T,), in nats.
+        beta: The annealing temperature at these steps (T,); 1 is the target itself.
+        skipped_steps: Steps that were not taken because the loss or a gradient was not finite.
+        nonfinite_particles: Particles that were left out because their log density was not finite.
+    """
+
+    step: Tensor
+    elbo: Tensor
+    beta: Tensor
+    skipped_steps: int = 0
+    nonfinite_particles: int = 0
+
+
+class Posterior:
+    """An approximation q of a posterior, with everything a user asks of it.
+
+    Draws come from the posterior's own generators; torch's global one is neither read nor changed. A call
+    without a seed gives fresh draws: with a `seed` of the fit the sequence of calls is reproducible, and a
+    loaded posterior starts the sequence anew.
+
+    Args:
+        flow: q on unconstrained z, event shape (D,).
+        density: The target on the same z, with its sites.
+        config: What the engine decided, plain data.
+        timing: Seconds by phase.
+        history: The trace of the fit.
+        seed: The fit's seed, or None.
+
+    Attributes:
+        flow: As above.
+        density: As above.
+        config: As above, a dict.
+        timing: As above, a dict.
+        history: As above.
+        seed: As above.
+
+    Raises:
+        DimensionError: Flow and target differ in D.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        density: LogDensity,
+        *,
+        config: Mapping[str, Any],
+        timing: Mapping[str, float],
+        history: History,
+        seed: int | None = None,
+    ) -> None:
+        if flow.dim != density.dim:
+            raise DimensionError(f"the flow has D = {flow.dim}, the target {density.dim}: they must agree.")
+        self.flow = flow
+        self.density = density
+        self.config = dict(config)
+        self.timing = dict(timing)
+        self.history = history
+        self.seed = seed
+        self._stream = _generator(seed, "stream", density.device)
+        self._diagnoses: dict[tuple[int, int | None], Diagnostics] = {}
+
+    # draws
+
+    def sample(self, num_samples: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draws x ~ q of every site, deterministic sites included.
+
+        Worked off in chunks: memory beyond the result itself doesn't grow with `num_samples`.
+
+        Args:
+            num_samples: n.
+            seed: Makes the call reproducible by itself; None continues the posterior's own sequence.
+
+        Returns:
+            Site name -> draws (n, *shape) in the constrained space, latent sites first.
+        """
+        _check_count("num_samples", num_samples, 0)
+        draws = self._draw(num_samples, self._generator(seed, "sample"))
+        return self._constrain((z for z, _ in draws), num_samples)
+
+    def resample(self, num_samples: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draws corrected towards the target by Pareto-smoothed importance resampling.
+
+        A pool of max(4 n, 10,000) draws of q gets weights p / q, the largest of them are smoothed (PSIS), and n
+        are taken by systematic resampling, with repetition. This repairs what the weights can tell: a wrong
+        mean or scale, not a mode that q never visits. Look at `diagnose().khat`: above 0.7 the result is
+        no better than its few largest weights.
+
+        Source: Vehtari, Simpson, Gelman, Yao, Gabry (2024), "Pareto smoothed importance sampling", JMLR 25(72).
+
+        Args:
+            num_samples: n.
+            seed: As for `sample`.
+
+        Returns:
+            Site name -> draws (n, *shape), in random order.
+
+        Raises:
+            NonFiniteError: No draw has a finite log density.
+        """
+        _check_count("num_samples", num_samples, 1)
+        z, _, _ = self._resample(num_samples, self._generator(seed, "resample"))
+        return self._constrain(z.split(self._rows), num_samples)
+
+    def log_prob(self, values: Mapping[str, Any] | Any) -> Tensor:
+        """The density log q(x) = log q(z(x)) + log |det dz/dx|, exact for any x.
+
+        A point outside of a site's support has log q = -inf.
+
+        Args:
+            values: Latent site name -> value of shape (*batch, *shape), with the same batch for all, such as
+                () or (S,). Other names, such as those of deterministic sites, are ignored. Where the target
+                has one latent site (energies and callables: "z"), its value alone will do.
+
+        Returns:
+            log q (*batch).
+
+        Raises:
+            OptionError: A latent site is missing.
+            DimensionError: A value's shape doesn't fit its site, or two batches differ.
+        """
+        flat, batch = self._flatten(values)
+        grad = torch.is_grad_enabled() and any(value.requires_grad for value in flat.values())
+        num = math.prod(batch)
+        with torch.set_grad_enabled(grad):
+            parts = [
+                self._log_prob({name: value[start : start + self._rows] for name, value in flat.items()})
+                for start in range(0, num, self._rows)
+            ]
+        return torch.cat(parts).reshape(batch) if parts else torch.zeros(batch, dtype=self.density.dtype)
+
+    # summaries
+
+    def quantiles(self, q: Sequence[float] | Tensor | float) -> dict[str, Tensor]:
+        """Quantiles of each element of each site, from the same draws at every call.
+
+        Args:
+            q: Probabilities in [0, 1].
+
+        Returns:
+            Site name -> quantiles (len(q), *shape); without the leading dimension where q is one number.
+
+        Raises:
+            OptionError: A probability outside of [0, 1].
+        """
+        probs = np.asarray(q, dtype=np.float64)
+        if probs.ndim > 1 or not ((probs >= 0) & (probs <= 1)).all():
+            raise OptionError(f"q must be one probability in [0, 1] or a sequence of them, got {q!r}.")
+        return {
+            name: torch.as_tensor(np.quantile(draws.cpu().numpy(), probs, axis=0)).to(draws)
+            for name, draws in self._summary.items()
+        }
+
+    def median(self) -> dict[str, Tensor]:
+        """The median of each element of each site: name -> (*shape)."""
+        return self.quantiles(0.5)
+
+    def mean(self) -> dict[str, Tensor]:
+        """The mean of each element of each site: name -> (*shape)."""
+        return {name: draws.mean(0) for name, draws in self._summary.items()}
+
+    def std(self) -> dict[str, Tensor]:
+        """The standard deviation of each element of each site: name -> (*shape)."""
+        return {name: draws.std(0) for name, draws in self._summary.items()}
+
+    def diagnose(self, num_samples: int = 10_000, *, seed: int | None = None) -> Diagnostics:
+        """ELBO, log evidence, k-hat and ESS from fresh draws, and a verdict in words.
+
+        The draws are independent of the fit's. The same call again is answered from memory. What the numbers
+        can't show: a mode that q never visits (see `flowvi.diagnostics`).
+
+        Args:
+            num_samples: S, at least 100. The largest weights decide, so few draws are optimistic.
+            seed: Other draws; None stands for one fixed choice.
+
+        Returns:
+            The diagnostics.
+        """
+        _check_count("num_samples", num_samples, 100)
+        key = (num_samples, seed)
+        if key not in self._diagnoses:
+            generator = _generator(self.seed or 0 if seed is None else seed, "diagnose", self.density.device)
+            _, log_p, log_q = self._weigh(num_samples, generator)
+            self._diagnoses[key] = judge(
+                log_p.cpu().numpy(),
+                log_q.cpu().numpy(),
+                dim=self.density.dim,
+                log_normalizer=self.density.log_normalizer,
+            )
+        return self._diagnoses[key]
+
+    # elsewhere
+
+    @cached_property
+    def guide(self) -> Any:
+        """A Pyro guide that draws from q: for SVI, `Predictive`, or whatever takes a guide."""
+        from flowvi.guides import AutoFlow
+
+        return AutoFlow.from_posterior(self.density, self.flow)
+
+    def to_arviz(
+        self,
+        kind: str | None = None,
+        *,
+        num_samples: int = 4000,
+        resample: bool = False,
+        seed: int | None = None,
+    ) -> Any:
+        """The posterior for ArviZ; see `flowvi.inference_data.to_arviz`.
+
+        Args:
+            kind: "inference_data" (ArviZ 0.x), "datatree" (1.x), or None for what the installed ArviZ uses.
+            num_samples: Draws, in one chain.
+            resample: Draws corrected by importance resampling instead of draws of q.
+            seed: As for `sample`.
+
+        Returns:
+            An `arviz.InferenceData` or an `xarray.DataTree`.
+        """
+        from flowvi.inference_data import to_arviz
+
+        return to_arviz(self, kind, num_samples=num_samples, resample=resample, seed=seed)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the posterior to a file that `flowvi.load(path, model)` reads.
+
+        The file holds plain data: tensors, numbers and words. A model's arguments go with it where they are
+        plain data too (numbers, strings, tensors, arrays, and dicts, lists and tuples of these).
+
+        Args:
+            path: The file; an older one is replaced, and only when the new one is complete.
+
+        Raises:
+            OptionError: The flow was composed by hand, so that a file can't describe it.
+        """
+        if self.flow.spec is None:
+            raise OptionError(
+                "a flow composed by hand can't be described in a file: register its transform with "
+                "flowvi.transforms.register and build it by Flow.from_spec, or save flow.state_dict() yourself."
+            )
+        try:
+            arguments, stored = _plain({"args": self.density.args, "kwargs": self.density.kwargs}), True
+        except TypeError:
+            arguments, stored = {"args": (), "kwargs": {}}, False
+        history = {name: getattr(self.history, name) for name in History.__dataclass_fields__}
+        content = {
+            "flowvi": __version__,
+            "target": self.density.name,
+            "spec": self.flow.spec.to_dict(),
+            "state": dict(self.flow.state_dict()),
+            "flow_dtype": str(self.flow.dtype),
+            "dtype": str(self.density.dtype),
+            "sites": _site_table(self.density),
+            "arguments": arguments,
+            "arguments_stored": stored,
+            "config": self.config,
+            "timing": self.timing,
+            "history": history,
+            "seed": self.seed,
+        }
+        _write(Path(path), _plain(content, otherwise=str))
+
+    # in words
+
+    def __repr__(self) -> str:
+        names = [site.name for site in self.density.sites]
+        shown = ", ".join(names[:4]) + (f", ... {len(names) - 4} more" if len(names) > 4 else "")
+        made = self._made_by(short=True)
+        return f"<Posterior of {self.density.name}: D = {self.density.dim}, {shown}; {made}>"
+
+    def __str__(self) -> str:
+        diagnosis = self.diagnose()
+        return "\n".join(
+            [
+                f"Posterior of {self.density.name}, D = {self.density.dim}",
+                "",
+                *self._table(),
+                "",
+                diagnosis.numbers(),
+                diagnosis.verdict,
+                self._made_by() + ".",
+            ]
+        )
+
+    def _table(self) -> list[str]:
+        """Site by site and element by element: mean, sd and quantiles."""
+        mean, std = self.mean(), self.std()
+        quantiles = self.quantiles([p / 100 for p in _PERCENTS])
+        rows = [["site", "mean", "sd", *(f"{p}%" for p in _PERCENTS)]]
+        total = sum(value.numel() for value in mean.values())
+        for name, value in mean.items():
+            columns = torch.stack([value, std[name], *quantiles[name]], -1)
+            columns = columns.reshape(value.numel(), 2 + len(_PERCENTS))
+            for i in range(min(len(columns), _MAX_ROWS + 1 - len(rows))):
+                label = ",".join(str(int(k)) for k in np.unravel_index(i, tuple(value.shape)))
+                rows.append([f"{name}[{label}]" if label else name, *_numbers(columns[i].tolist())])
+        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in range(1, len(row)))])
+            for row in rows
+        ]
+        return lines + ([f"... {total - len(rows) + 1} more"] if total >= len(rows) else [])
+
+    def _made_by(self, short: bool = False) -> str:
+        """The flow and, unless short, steps, particles, annealing and seconds, as far as they are known."""
+        spec, config = self.flow.spec, self.config
+        name = str(config.get("flow", "a flow of your own") if spec is None else spec.name)
+        count = config.get("num_flows") if spec is None else spec.num_flows
+        words = [name if count is None else f"{name} K = {count}"]
+        if short:
+            return words[0]
+        if config.get("num_steps") is not None:
+            particles = config.get("num_particles")
+            words.append(f"{config['num_steps']} steps" + (f" of {particles} particles" if particles else ""))
+        if "anneal" in config:
+            words.append("annealed" if config["anneal"] else "not annealed")
+        if self.history.skipped_steps:
+            words.append(f"{self.history.skipped_steps} steps skipped as not finite")
+        if self.timing:
+            seconds = self.timing.get("total", sum(self.timing.values()))
+            words.append(f"{seconds:.1f} s")
+        return "Made by " + ", ".join(words)
+
+    # the machinery
+
+    @property
+    def _rows(self) -> int:
+        """How many z to hold at once."""
+        return max(64, min(16_384, _CHUNK_ELEMENTS // max(self.density.dim, 1)))
+
+    def _draw(self, num: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunks of z (s, D) and log q (s,), num rows altogether, in the target's dtype."""
+        for start in range(0, num, self._rows):
+            with torch.no_grad():
+                z, log_q = self.flow.rsample_and_log_prob(min(self._rows, num - start), generator=generator)
+            yield z.to(self.density.dtype), log_q
+
+    def _weigh(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws z (num, D) with log p and log q in float64 (num,)."""
+        zs, ps, qs = [], [], []
+        for z, log_q in self._draw(num, generator):
+            with torch.no_grad():
+                ps.append(self.density(z).double())
+            zs.append(z)
+            qs.append(log_q.double())
+        return torch.cat(zs), torch.cat(ps), torch.cat(qs)
+
+    def _resample(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Importance-resampled draws z (num, D) with their log p and log q."""
+        z, log_p, log_q = self._weigh(max(4 * num, _POOL), generator)
+        log_w = (log_p - log_q).cpu()
+        log_w[~(log_p.isfinite() & log_q.isfinite()).cpu()] = -math.inf
+        if not log_w.isfinite().any():
+            raise NonFiniteError("no draw of the flow has a finite log density: see posterior.diagnose().")
+        weights = torch.as_tensor(psis(log_w.numpy())[0]).exp()
+        # systematic: one uniform offset, n equally spaced points on the cumulated weights
+        offset = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+        points = (torch.arange(num, dtype=torch.float64) + offset.cpu()) / num
+        cumulated = weights.cumsum(0)
+        index = torch.searchsorted(cumulated / cumulated[-1], points).clamp_(max=len(weights) - 1)
+        order = torch.randperm(num, generator=generator, device=generator.device).cpu()
+        index = index[order].to(z.device)
+        return z[index], log_p[index], log_q[index]
+
+    def _draws_with_densities(
+        self, num: int, *, resample: bool, seed: int | None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """Draws of all sites, the same as z (num, D), and their log p and log q (num,)."""
+        generator = self._generator(seed, "resample" if resample else "sample")
+        z, log_p, log_q = (self._resample if resample else self._weigh)(num, generator)
+        return self._constrain(z.split(self._rows), num), z, log_p, log_q
+
+    def _generator(self, seed: int | None, purpose: str) -> torch.Generator:
+        """The posterior's own sequence, or one of its own for a seed."""
+        return self._stream if seed is None else _generator(seed, purpose, self.density.device)
+
+    def _constrain(self, chunks: Iterator[Tensor] | Sequence[Tensor], num: int) -> dict[str, Tensor]:
+        """All sites at chunks of z, collected without a second copy: name -> (num, *shape)."""
+        out: dict[str, Tensor] = {}
+        start = 0
+        with torch.no_grad():
+            for z in chunks:
+                for name, value in self.density.constrain(z).items():
+                    if name not in out:
+                        out[name] = value.new_empty((num, *value.shape[1:]))
+                    out[name][start : start + len(z)] = value
+                start += len(z)
+        if not out:
+            sites = (*self.density.sites, *self.density.deterministic)
+            kind = {"dtype": self.density.dtype, "device": self.density.device}
+            out = {site.name: torch.empty((num, *site.shape), **kind) for site in sites}
+        return out
+
+    @cached_property
+    def _summary(self) -> dict[str, Tensor]:
+        """The draws behind mean, std and quantiles, floating point, from a fixed seed."""
+        sites = (*self.density.sites, *self.density.deterministic)
+        elements = sum(math.prod(site.shape) for site in sites)
+        num = max(1000, min(20_000, _SUMMARY_ELEMENTS // max(elements, 1)))
+        draws = self._draw(num, _generator(self.seed or 0, "summary", self.density.device))
+        sites_at = self._constrain((z for z, _ in draws), num)
+        return {
+            name: x if x.is_floating_point() else x.to(self.density.dtype) for name, x in sites_at.items()
+        }
+
+    def _log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The density log q of one chunk of values (S, *shape)."""
+        z, log_jacobian = self.density.unconstrain(values)
+        ok = z.isfinite().all(-1) & log_jacobian.isfinite()
+        safe = torch.where(ok[:, None], z, 0.0)
+        log_q = self.flow.log_prob(safe.to(self.flow.dtype)).to(self.density.dtype) + log_jacobian
+        # maps to the unconstrained space clamp: a point that doesn't come back was outside of the support
+        with torch.no_grad():
+            back = self.density.constrain(safe)
+            for name, value in values.items():
+                ok = ok & _close(back[name], value).reshape(len(value), -1).all(-1)
+        nan = torch.stack([v.isnan().reshape(len(v), -1).any(-1) for v in values.values()]).any(0)
+        log_q = torch.where(ok, log_q, -math.inf)
+        return torch.where(nan, math.nan, log_q)
+
+    def _flatten(self, values: Mapping[str, Any] | Any) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+        """Latent values with one batch dimension, and the batch shape they had."""
+        sites = self.density.sites
+        if not isinstance(values, Mapping):
+            if len(sites) != 1:
+                raise OptionError(
+                    f"values must be a dict with the sites {', '.join(s.name for s in sites)}, got "
+                    f"{type(values).__name__}."
+                )
+            values = {sites[0].name: values}
+        missing = [site.name for site in sites if site.name not in values]
+        if missing:
+            raise OptionError(f"values lacks the latent sites {', '.join(missing)}: log_prob needs them all.")
+        flat: dict[str, Tensor] = {}
+        batches: dict[str, tuple[int, ...]] = {}
+        for site in sites:
+            value = torch.as_tensor(values[site.name], dtype=self.density.dtype, device=self.density.device)
+            split = value.ndim - len(site.shape)
+            if split < 0 or tuple(value.shape[split:]) != tuple(site.shape):
+                raise DimensionError(
+                    f"site {site.name!r} has shape {tuple(site.shape)}, with batch dimensions in front if "
+                    f"wanted; got {tuple(value.shape)}."
+                )
+            batches[site.name] = tuple(value.shape[:split])
+            flat[site.name] = value.reshape(math.prod(batches[site.name]), *site.shape)
+        if len(set(batches.values())) > 1:
+            raise DimensionError(f"the batch dimensions of the values must agree, got {batches}.")
+        return flat, next(iter(batches.values()))
+
+
+def load(
+    path: str | Path,
+    target: Any = None,
+    *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Posterior:
+    """Reads a posterior that `Posterior.save` wrote. No code from the file is run.
+
+    Args:
+        path: The file.
+        target: What was fitted: the model, energy or callable, or a `LogDensity`. A file can't hold code.
+        args: The model's positional arguments; None takes those of the file.
+        kwargs: The model's keyword arguments; None takes those of the file.
+
+    Returns:
+        The posterior, on the CPU: the same log q and the same draws by seed.
+
+    Raises:
+        FileFormatError: The file isn't a posterior of flowvi, is damaged, or was written by a newer version.
+        OptionError: The target is missing, or its arguments are neither given nor in the file.
+        TargetError: The target has other sites than the one that was fitted.
+        UnknownFlowError: The flow is one that was registered when the file was written, and isn't now.
+    """
+    from flowvi.flow import Flow, FlowSpec
+    from flowvi.targets import as_density
+
+    content = _read(Path(path))
+    if target is None:
+        raise OptionError(f"pass what was fitted, {content['target']!r}, too: flowvi.load(path, model).")
+    if args is None and kwargs is None and not content["arguments_stored"]:
+        raise OptionError(
+            f"the arguments of {content['target']!r} were not plain data, so the file doesn't hold them: pass "
+            "them, flowvi.load(path, model, args=..., kwargs=...)."
+        )
+    try:
+        spec = FlowSpec.from_dict(content["spec"])
+        dtype = _DTYPES[content["dtype"]]
+        arguments = _unplain(content["arguments"])
+        history = History(**content["history"])
+    except Exception as error:
+        raise FileFormatError(
+            f"{path} has parts that don't fit together ({error}): save the fit anew."
+        ) from error
+    density = as_density(
+        target,
+        args=tuple(arguments["args"] if args is None else args),
+        kwargs=dict(arguments["kwargs"] if kwargs is None else kwargs),
+        dim=spec.dim,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    _compare_sites(content["sites"], _site_table(density), content["target"])
+    flow = Flow.from_spec(spec, dtype=_DTYPES[content["flow_dtype"]], device=torch.device("cpu"))
+    try:
+        flow.load_state_dict(content["state"])
+    except Exception as error:
+        raise FileFormatError(f"{path}: the flow's parameters don't fit its description: {error}") from error
+    return Posterior(
+        flow,
+        density,
+        config=content["config"],
+        timing=content["timing"],
+        history=history,
+        seed=content["seed"],
+    )
+
+
+# the file: torch.save of plain data with a digest, because torch.load doesn't notice damaged numbers
+
+_FORMAT, _VERSION = "flowvi.posterior", 1
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Writes beside the file and then replaces it, so that a crash leaves the old file whole."""
+    header = {"format": _FORMAT, "version": _VERSION, "digest": _digest(content)}
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            torch.save(header | content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a file, checked."""
+    unreadable = (
+        f"{path} can't be read as a flowvi posterior: it is another kind of file, or damaged. Copy it again, or "
+        "fit and save anew."
+    )
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise FileFormatError(unreadable)
+        file.seek(0)
+        try:
+            # only tensors and plain containers: anything else in the file is refused before it can act
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise FileFormatError(unreadable) from error
+    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+        raise FileFormatError(f"{path} is not a flowvi posterior: it was written by something else.")
+    version = content.pop("version", None)
+    if isinstance(version, int) and version > _VERSION:
+        raise FileFormatError(
+            f"{path} has format version {version}, written by flowvi {content.get('flowvi')}; this flowvi "
+            f"({__version__}) reads up to {_VERSION}: pip install --upgrade flowvi."
+        )
+    if version != _VERSION or content.pop("digest", None) != _digest(content):
+        raise FileFormatError(f"{path} is damaged (wrong checksum): copy it again, or fit and save anew.")
+    return content
+
+
+def _digest(value: Any) -> str:
+    """A checksum of nested plain data."""
+    digest = hashlib.sha256()
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            flat = part.reshape(-1).clone(memory_format=torch.contiguous_format)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, Mapping):
+            digest.update(f"dict{len(part)}".encode())
+            for key in part:
+                visit(key)
+                visit(part[key])
+        elif isinstance(part, list | tuple):
+            digest.update(f"{type(part).__name__}{len(part)}".encode())
+            for item in part:
+                visit(item)
+        else:
+            digest.update(repr(part).encode())
+
+    visit(value)
+    return digest.hexdigest()
+
+
+def _plain(value: Any, otherwise: Any = None) -> Any:
+    """A copy made of CPU tensors, numbers, strings, dicts, lists and tuples; arrays become marked tensors.
+
+    Anything else is turned into `otherwise(value)`, or is a TypeError.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+        return value.detach().cpu().clone().contiguous()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {_ARRAY: torch.from_numpy(np.array(value))}
+    if isinstance(value, np.generic):
+        return _plain(value.item(), otherwise)
+    if isinstance(value, Mapping) and all(type(key) in (str, int) and key != _ARRAY for key in value):
+        return {key: _plain(item, otherwise) for key, item in value.items()}
+    if type(value) in (list, tuple, torch.Size):
+        items = [_plain(item, otherwise) for item in value]
+        return items if type(value) is list else tuple(items)
+    if otherwise is None:
+        raise TypeError(f"{type(value).__name__} is not plain data")
+    return otherwise(value)
+
+
+_ARRAY = "__array__"
+
+
+def _unplain(value: Any) -> Any:
+    """The opposite of `_plain`: marked tensors become arrays."""
+    if isinstance(value, dict):
+        if _ARRAY in value:
+            return value[_ARRAY].numpy()
+        return {key: _unplain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_unplain(item) for item in value)
+    return value
+
+
+def _site_table(density: LogDensity) -> list[dict[str, Any]]:
+    """What has to agree for z to mean the same."""
+    return [
+        {
+            "name": site.name,
+            "shape": tuple(site.shape),
+            "unconstrained_shape": tuple(site.unconstrained_shape),
+            "support": type(site.support).__name__.strip("_"),
+        }
+        for site in density.sites
+    ]
+
+
+def _compare_sites(saved: list[dict[str, Any]], present: list[dict[str, Any]], target: str) -> None:
+    """Raises where the target isn't the one that was fitted, naming the sites that differ."""
+    if saved == present:
+        return
+    old, new = ({row["name"]: row for row in table} for table in (saved, present))
+    differences = [f"{name} is not in this model" for name in old if name not in new]
+    differences += [f"{name} is not in the file" for name in new if name not in old]
+    differences += [
+        f"{name} has {key} {old[name][key]} in the file and {new[name][key]} in this model"
+        for name in old
+        if name in new
+        for key in old[name]
+        if old[name][key] != new[name][key]
+    ]
+    order = "the sites come in another order"
+    raise TargetError(
+        f"the file holds a posterior of another target, {target!r}: {'; '.join(differences) or order}. Load it "
+        "with the model and the arguments that were fitted."
+    )
+
+
+# small things
+
+
+def _generator(seed: int | None, purpose: str, device: torch.device | str) -> torch.Generator:
+    """A generator of its own: from the seed and the purpose, or from the system's entropy without a seed."""
+    generator = torch.Generator(device=device)
+    if seed is None:
+        generator.seed()
+    else:
+        # apart from the noise of a fit with the same seed, and from each other
+        words = hashlib.sha256(f"flowvi {purpose} {seed}".encode()).digest()
+        generator.manual_seed(int.from_bytes(words[:7], "little"))
+    return generator
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+
+
+def _close(back: Tensor, value: Tensor) -> Tensor:
+    """Elementwise: whether a value came back from the unconstrained space up to rounding."""
+    tolerance = torch.finfo(value.dtype).eps ** 0.5
+    return (back - value).abs() <= tolerance * (1 + value.abs())
+
+
+def _numbers(values: Sequence[float]) -> list[str]:
+    """Mean, sd and quantiles as text, to three digits of the sd."""
+    sd = values[1]
+    if not 1e-5 <= sd < 1e7:
+        return [f"{value:.4g}" for value in values]
+    digits = max(0, 2 - math.floor(math.log10(sd)))
+    return [f"{value:.{digits}f}" for value in values]

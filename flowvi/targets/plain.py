@@ -1,0 +1,135 @@
+"""Energies and plain log densities as a `LogDensity`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import constraints
+
+from ..errors import DimensionError, FlowVIError, NonFiniteError, OptionError, TargetError
+from .density import Energy, LogDensity
+from .sites import Site
+
+__all__ = ["PlainDensity"]
+
+
+class PlainDensity(LogDensity):
+    """A batched function z (S, D) -> log p (S,).
+
+    Args:
+        function: the log density.
+        dim: D.
+        dtype: dtype of z.
+        device: device of z.
+        name: what to call it.
+        log_normalizer: log of its integral, where known.
+
+    Raises:
+        OptionError: If D is not a positive integer.
+        DimensionError: If the function can't take D coordinates or returns another shape than (S,).
+        NonFiniteError: If it is finite nowhere.
+        TargetError: If it has no gradient.
+    """
+
+    path = "callable"
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        name: str,
+        log_normalizer: float | None = None,
+    ) -> None:
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise OptionError(f"dim must be a positive integer, the number of coordinates of z; got {dim!r}")
+        self.name, self.dim, self.dtype, self.device = name, dim, dtype, device
+        self.log_normalizer, self.kwargs = log_normalizer, {}
+        self.generator = torch.Generator()
+        shape = Size((dim,))
+        self.sites = (Site("z", shape, shape, 1, constraints.real_vector, ()),)
+        self._function = function
+        self._probe()
+
+    @classmethod
+    def of_energy(cls, energy: Energy, *, dtype: torch.dtype, device: torch.device) -> PlainDensity:
+        """The density proportional to exp(-U) of an energy."""
+        name = getattr(energy, "name", None)
+        try:
+            log_normalizer = getattr(energy, "log_normalizer", None)
+        except FlowVIError:  # an energy may say so where it has none
+            log_normalizer = None
+        return cls(
+            energy.log_density,
+            energy.dim,
+            dtype=dtype,
+            device=device,
+            name=name if isinstance(name, str) else type(energy).__name__,
+            log_normalizer=None if log_normalizer is None else float(log_normalizer),
+        )
+
+    def _log_prob(self, z: Tensor) -> Tensor:
+        return self._function(z)
+
+    def _value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.requires_grad_()
+            value = self._function(z)
+            (grad,) = torch.autograd.grad(value.sum(), z)
+        return value.detach(), grad
+
+    def _constrain(self, z: Tensor) -> dict[str, Tensor]:
+        return {"z": z}
+
+    def _unconstrain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        bad = ~x.isfinite().all(1)
+        if bad.any():
+            raise self._outside(self.sites[0], int(bad.nonzero()[0, 0]))
+        return x, x.new_zeros(len(x))
+
+    def _probe(self) -> None:
+        """Evaluates once, at 20 points in U(-2, 2), and says what is wrong with what comes back."""
+        particles = 20 if self.dim != 20 else 21  # so that a sum over the wrong axis shows
+        generator = torch.Generator().manual_seed(0)
+        z = torch.rand(particles, self.dim, generator=generator, dtype=self.dtype) * 4 - 2
+        z = z.to(self.device).requires_grad_()
+        call = f"the log density {self.name} with z of shape (S, dim) = ({particles}, {self.dim})"
+        with torch.enable_grad():
+            value: Any = self._try(call, z)
+        if not isinstance(value, Tensor) or value.shape != (particles,):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise DimensionError(
+                f"{call} returned {got}, expected ({particles},): one log density for each row of z"
+            )
+        if not value.isfinite().any():
+            raise NonFiniteError(
+                f"{call} is finite at none of {particles} points in U(-2, 2), but {value[0].item()}: it must be "
+                "finite around the origin; shift or scale its coordinates, or mend the NaN"
+            )
+        grad = None
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+        if grad is None:
+            raise TargetError(
+                f"{call} has no gradient with respect to z: write it in torch operations all the way, without "
+                ".detach(), .item(), numpy or torch.no_grad()"
+            )
+
+    def _try(self, call: str, z: Tensor) -> Any:
+        try:
+            return self._function(z)
+        except FlowVIError:
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
+            kind = DimensionError if _is_about_shapes(error) else TargetError
+            raise kind(f"{call} failed: {str(error).strip()}. Is dim={self.dim} right?") from error
+
+
+def _is_about_shapes(error: Exception) -> bool:
+    words = ("shape", "size", "dimension", "index", "unpack")
+    return isinstance(error, IndexError) or any(word in str(error).lower() for word in words)

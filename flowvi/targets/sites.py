@@ -1,0 +1,286 @@
+"""Named variables of a model, and the Pyro handlers that read them from a flat vector.
+
+A latent site with support C has the bijection T = biject_to(C) from unconstrained to constrained values. z in
+R^D holds every latent's unconstrained value, flattened, in model order. The bijection is looked up when the
+model runs, so a support that depends on another latent, as in Uniform(0, a), is right. With x = T(z),
+
+    log p(z) = log p(x) + sum over latent sites of log|dx/dz|.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import Distribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Size, Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import Transform
+
+from ..errors import DiscreteLatentError, SubsampledLatentError, TargetError
+
+__all__ = ["FromConstrained", "FromRandom", "FromUnconstrained", "Layout", "Reader", "Site", "site_of"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One named variable."""
+
+    name: str
+    shape: Size
+    """Shape of one constrained value, plates included."""
+    unconstrained_shape: Size
+    """Shape of one unconstrained value; differs from `shape` for simplexes and the like."""
+    event_dim: int
+    support: Constraint
+    """The support at the point where the model was first run; it may depend on other latents."""
+    plates: tuple[str | None, ...]
+    """The plate's name of each batch dimension, None where there is no plate."""
+    deterministic: bool = False
+
+
+def site_of(message: Mapping[str, Any]) -> Site:
+    """The `Site` of a Pyro message that has its value."""
+    fn, value = message["fn"], message["value"]
+    deterministic = bool(message["infer"].get("_deterministic"))
+    shape = Size(value.shape)
+    support = constraints.real if deterministic else fn.support
+    unconstrained = shape if deterministic else Size(_bijection(message).inverse_shape(shape))
+    batch = len(shape) - fn.event_dim
+    plates: list[str | None] = [None] * batch
+    for frame in message["cond_indep_stack"]:
+        if frame.dim is not None and -frame.dim <= batch:
+            plates[frame.dim] = frame.name
+    return Site(message["name"], shape, unconstrained, fn.event_dim, support, tuple(plates), deterministic)
+
+
+class Layout:
+    """Where each site lies in a flat vector.
+
+    Args:
+        sites: the sites, in order.
+        constrained: whether the vector holds constrained values (else unconstrained ones).
+    """
+
+    def __init__(self, sites: tuple[Site, ...], *, constrained: bool = False) -> None:
+        self.sites = sites
+        self.shapes = {s.name: s.shape if constrained else s.unconstrained_shape for s in sites}
+        self.slices: dict[str, slice] = {}
+        self.size = 0
+        for name, shape in self.shapes.items():
+            self.slices[name] = slice(self.size, self.size + shape.numel())
+            self.size += shape.numel()
+
+    def read(self, vector: Tensor, name: str) -> Tensor:
+        """The value of one site out of a vector (size,).
+
+        Raises:
+            TargetError: If there is no such site, because the model has other sites than in its first run.
+        """
+        if name not in self.slices:
+            raise TargetError(
+                f"the latent site {name!r} is not in every run of the model: its sites may not depend on the "
+                "values of its latents; write one model for each structure"
+            )
+        return vector[self.slices[name]].reshape(self.shapes[name])
+
+
+class Reader(Messenger):
+    """Gives each latent site a value and each subsampling plate its indices; sums log|dx/dz|.
+
+    Args:
+        indices: the indices of each subsampling plate, by its name.
+        masked: the observed sites whose masked-out entries are NaN.
+    """
+
+    def __init__(
+        self, indices: Mapping[str, Tensor] | None = None, masked: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__()
+        self.log_det: Tensor | float = 0.0
+        self._indices = indices or {}
+        self._masked = masked
+
+    def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
+        """The constrained value of a site."""
+        raise NotImplementedError
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            self._read_indices(msg)
+        elif msg["is_observed"]:
+            self._read_observed(msg)
+        elif msg["value"] is None:  # else a handler inside the model has given it a value
+            msg["fn"] = _without_validation(msg["fn"])
+            transform = _bijection(msg)
+            msg["value"] = self.read(msg["name"], Size(msg["fn"].shape()), transform, msg["fn"].support)
+            msg["done"] = True
+
+    def _read_indices(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self._indices:
+            msg["value"] = self._indices[msg["name"]]
+            msg["done"] = True
+
+    def _read_observed(self, msg: dict[str, Any]) -> None:
+        msg["fn"] = _without_validation(msg["fn"])
+        if msg["name"] in self._masked:
+            msg["value"] = fill_masked(msg["value"], msg["mask"], msg["fn"].event_dim)
+
+
+class FromUnconstrained(Reader):
+    """Reads the latents from an unconstrained vector z (D,)."""
+
+    def __init__(self, layout: Layout, z: Tensor, **options: Any) -> None:
+        super().__init__(**options)
+        self._layout, self._z = layout, z
+
+    def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
+        """x = T(z), and its log|dx/dz|."""
+        u = self._layout.read(self._z, name)
+        x = transform(u)
+        self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
+        return x
+
+
+class FromRandom(Reader):
+    """Draws each latent's unconstrained value from U(-2, 2), for the first run, when no layout is known yet.
+
+    It also notes the plates that subsample and the observed data, and draws the plates' indices.
+    """
+
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self._generator, self._dtype, self._device = generator, dtype, device
+        self.unconstrained: list[Tensor] = []
+        self.subsampled: dict[str, tuple[int, int]] = {}
+        self.observed: dict[str, Tensor] = {}
+        self.masked: set[str] = set()
+
+    def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
+        """x = T(u) of a random u."""
+        u = torch.rand(transform.inverse_shape(shape), generator=self._generator, dtype=self._dtype) * 4 - 2
+        u = u.to(self._device)
+        self.unconstrained.append(u.flatten())
+        x = transform(u)
+        self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
+        return x
+
+    def _read_indices(self, msg: dict[str, Any]) -> None:
+        size, part = msg["fn"].size, msg["fn"].subsample_size
+        if msg["value"] is None and part is not None and part < size:  # else all, or the user's own indices
+            self.subsampled[msg["name"]] = (size, part)
+
+    def _read_observed(self, msg: dict[str, Any]) -> None:
+        if msg["infer"].get("_deterministic") or msg["infer"].get("is_auxiliary"):
+            return
+        self.observed[msg["name"]] = value = torch.as_tensor(msg["value"]).detach()
+        filled = fill_masked(value, msg["mask"], msg["fn"].event_dim)
+        if filled is not value:
+            self.masked.add(msg["name"])
+            msg["value"] = filled
+
+
+class FromConstrained(Reader):
+    """Reads the latents from a vector of constrained values, and maps them back to unconstrained ones."""
+
+    def __init__(self, layout: Layout, x: Tensor, **options: Any) -> None:
+        super().__init__(**options)
+        self._layout, self._x = layout, x
+        self.unconstrained: dict[str, Tensor] = {}
+        self.inside: dict[str, Tensor] = {}
+
+    def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
+        """x as given; keeps z = T^-1(x), log|dx/dz|, and whether x lies inside the support."""
+        x = self._layout.read(self._x, name)
+        u = transform.inv(x)
+        self.unconstrained[name] = u
+        self.inside[name] = _inside(support, x).all() & u.isfinite().all()
+        self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
+        return x
+
+
+def _bijection(msg: Mapping[str, Any]) -> Transform:
+    """biject_to of a latent site's support, or an error that says why there is none."""
+    name, fn = msg["name"], msg["fn"]
+    kind = type(getattr(fn, "base_dist", fn)).__name__
+    for frame in msg["cond_indep_stack"]:
+        if frame.full_size is not None and frame.full_size > frame.size:
+            raise _subsampled_latent(name, frame)
+    try:
+        support = fn.support
+        if support.is_discrete:
+            raise DiscreteLatentError(
+                f"the latent site {name!r} ({kind}) is discrete, and a flow is continuous: sum it out in the "
+                "model (a mixture's logsumexp, or a MixtureSameFamily), or keep it, and use flowvi.AutoFlow on "
+                "poutine.block(model, hide=[...]) with TraceEnum_ELBO and @config_enumerate"
+            )
+        return biject_to(support)
+    except (NotImplementedError, AttributeError) as error:
+        raise TargetError(
+            f"the latent site {name!r} ({kind}) has a support that no bijection from R^n is known for: give "
+            "its distribution a `support` that torch.distributions.biject_to knows, or register one there"
+        ) from error
+
+
+def _subsampled_latent(name: str, frame: Any) -> SubsampledLatentError:
+    return SubsampledLatentError(
+        f"the latent site {name!r} is inside the plate {frame.name!r}, which takes {frame.size} of its "
+        f"{frame.full_size} elements: different data would share its slots. Drop `subsample_size` (or "
+        "`subsample`) from that plate, so that every element has its own slot"
+    )
+
+
+def _inside(support: Constraint, x: Tensor) -> Tensor:
+    """Whether x lies in the support; sums to one are checked loosely, because draws may come in float32."""
+    base = support
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    if base is constraints.simplex:
+        return (x >= 0).all(-1) & ((x.sum(-1) - 1).abs() < 1e-5)
+    if base is constraints.corr_cholesky:
+        unit = (x.square().sum(-1) - 1).abs() < 1e-5
+        return unit.all(-1) & constraints.lower_cholesky.check(x)
+    return support.check(x)
+
+
+def _without_validation(fn: Any) -> Any:
+    """The distribution without checks of its own: one made outside the model keeps a flag of its own."""
+    own = getattr(fn, "__dict__", {})
+    parts = {k: v for k, v in own.items() if isinstance(v, Distribution | torch.distributions.Distribution)}
+    plain = {k: _without_validation(v) for k, v in parts.items()}
+    changed = {k: v for k, v in plain.items() if v is not parts[k]}
+    if not changed and not own.get("_validate_args"):
+        return fn
+    fn = copy.copy(fn)
+    fn.__dict__.update(changed, _validate_args=False)
+    return fn
+
+
+def fill_masked(value: Any, mask: Any, event_dim: int) -> Any:
+    """Replaces NaN in masked-out data by a valid entry, because 0 * NaN would make the gradient NaN.
+
+    Args:
+        value: the observed data, (*batch, *event).
+        mask: which of the batch take part, (*batch); anything but a tensor leaves the data as they are.
+        event_dim: the number of event dimensions.
+
+    Returns:
+        The same object where nothing has to be filled.
+    """
+    if not isinstance(value, Tensor) or not isinstance(mask, Tensor) or value.isfinite().all():
+        return value
+    keep = mask.reshape(mask.shape + (1,) * event_dim)
+    shape = torch.broadcast_shapes(keep.shape, value.shape)
+    keep, full = keep.expand(shape), value.expand(shape)
+    bad = ~full.isfinite() & ~keep
+    event = shape[len(shape) - event_dim :]
+    good = (keep & full.isfinite()).reshape(-1, event.numel()).all(1)
+    if not (bad.any() and good.any()):
+        return value
+    return torch.where(bad, full.reshape(-1, *event)[good.nonzero()[0, 0]], full)

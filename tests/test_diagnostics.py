@@ -1,0 +1,216 @@
+"""The numbers of a diagnosis against known answers, and the verdict against fits spoiled on purpose."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from flowvi.diagnostics import Diagnostics, gap_limit, judge, khat_limit, psis
+from flowvi.errors import DimensionError, OptionError
+
+BACKENDS = ["arviz_stats", "arviz"]
+
+
+def need(backend: str) -> str:
+    """Skip where the backend can't be imported (ArviZ 0.23 fails beside some versions of its own parts)."""
+    try:
+        __import__(backend)
+    except Exception as error:
+        pytest.skip(f"{backend} can't be imported here: {error!r}")
+    return backend
+
+
+def normal(x, mean=0.0, sd=1.0):
+    return -0.5 * ((x - mean) / sd) ** 2 - math.log(sd) - 0.5 * math.log(2 * math.pi)
+
+
+def draws(num=20_000, dim=2, seed=0):
+    return np.random.default_rng(seed).standard_normal((num, dim))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
+def test_khat_is_the_pareto_shape(backend, shape):
+    # weights u^-k are exactly Pareto with shape k
+    log_w = -shape * np.log(np.random.default_rng(1).random(50_000))
+    smoothed, khat = psis(log_w, backend=need(backend))
+    assert khat == pytest.approx(shape, abs=0.2)  # 3 standard errors of the estimate at 0.9
+    assert np.exp(smoothed).sum() == pytest.approx(1.0, abs=1e-10)
+
+
+def test_the_two_versions_of_arviz_agree():
+    for backend in BACKENDS:
+        need(backend)
+    log_w = 0.8 * draws(5000, 1)[:, 0]
+    log_w[:40] = -np.inf
+    (a, ka), (b, kb) = (psis(log_w, backend=backend) for backend in BACKENDS)
+    assert ka == pytest.approx(kb, abs=0.02)  # the parts of 1.x round the length of the tail in another way
+    np.testing.assert_allclose(np.exp(a), np.exp(b), atol=1e-4)
+    assert (np.exp(a[:40]) == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_psis_of_degenerate_weights(backend):
+    need(backend)
+    equal, khat = psis(np.zeros(1000), backend=backend)
+    assert khat == 0.0
+    np.testing.assert_allclose(np.exp(equal), 1e-3)
+    few = np.full(1000, -np.inf)
+    few[:3] = 0.0
+    weights, khat = psis(few, backend=backend)
+    assert khat == math.inf
+    np.testing.assert_allclose(np.exp(weights[:3]), 1 / 3)
+
+
+def test_psis_does_not_change_its_argument():
+    log_w = draws(1000, 1)[:, 0]
+    before = log_w.copy()
+    psis(log_w)
+    assert (log_w == before).all()
+
+
+def test_bad_input_is_a_typed_error():
+    with pytest.raises(OptionError, match="arviz_stats, arviz"):
+        psis(np.zeros(1000), backend="numpyro")
+    with pytest.raises(DimensionError, match=r"S >= 100, got \(5,\): draw more"):
+        psis(np.zeros(5))
+    with pytest.raises(DimensionError, match="log_p and log_q"):
+        judge(np.zeros(200), np.zeros(300), dim=1)
+
+
+def test_a_perfect_fit_is_trusted():
+    z = draws()
+    log_q = normal(z).sum(-1)
+    d = judge(log_q + 3.0, log_q, dim=2)
+    assert d.trusted
+    assert d.verdict.startswith("Trusted")
+    assert d.elbo == pytest.approx(3.0)
+    assert d.log_evidence == pytest.approx(3.0)
+    assert d.ess_fraction == pytest.approx(1.0)
+    assert d.khat == 0.0
+    assert d.kl is None
+    assert "never visits" in d.verdict  # says what it can't see
+
+
+def test_gaussians_match_the_closed_forms():
+    # q = N(0, 1)^2, p = e^1.5 N(m, s)^2: ELBO = 1.5 - KL, log Z = 1.5
+    mean, sd, dim = 0.2, 0.9, 2
+    kl = dim * (math.log(sd) + (1 + mean**2) / (2 * sd**2) - 0.5)
+    z = draws(50_000)
+    d = judge(normal(z, mean, sd).sum(-1) + 1.5, normal(z).sum(-1), dim=dim, log_normalizer=1.5)
+    assert abs(d.elbo - (1.5 - kl)) < 4 * d.elbo_se
+    assert abs(d.log_evidence - 1.5) < 4 * d.log_evidence_se
+    assert abs(d.gap - kl) < 4 * d.gap_se
+    assert abs(d.kl - kl) < 4 * d.kl_se
+    # Kish ESS: 1 / E_q[(p / q)^2] = 1 / integral p^2 / q
+    grid = np.linspace(-8, 8, 4001)
+    second = np.trapezoid(np.exp(2 * normal(grid, mean, sd) - normal(grid)), grid) ** dim
+    assert d.ess_fraction == pytest.approx(1 / second, rel=0.02)
+    assert d.ess == pytest.approx(d.ess_fraction * 50_000)
+
+
+def test_standard_errors_match_the_spread_over_repetitions():
+    reports = []
+    for seed in range(200):
+        z = draws(1000, 1, seed)[:, 0]
+        reports.append(judge(normal(z, 0.3, 0.9), normal(z), dim=1))
+    for name in ("elbo", "log_evidence", "gap"):
+        spread = np.std([getattr(d, name) for d in reports])
+        assert np.mean([getattr(d, name + "_se") for d in reports]) == pytest.approx(spread, rel=0.2)
+
+
+def student(x):
+    return np.log(1 / np.pi) - np.log1p(x**2)
+
+
+CASES = {
+    "heavy tails": (lambda z: student(z).sum(-1), "heavy tail"),
+    "mean off": (lambda z: normal(z, 0.5).sum(-1), "below the log evidence"),
+    "far away": (lambda z: normal(z, 4.0).sum(-1), "k-hat"),
+    "non-finite": (lambda z: np.where(z[:, 0] > 2.0, np.nan, normal(z).sum(-1)), "no finite log density"),
+    "all zero": (lambda z: np.full(len(z), -np.inf), "no draw of the flow"),
+    "all nan": (lambda z: np.full(len(z), np.nan), "no draw of the flow"),
+    "infinite": (lambda z: np.where(z[:, 0] > 1.0, np.inf, normal(z).sum(-1)), "no finite log density"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_spoiled_fit_is_not_trusted_and_the_words_say_why(name):
+    log_p, words = CASES[name]
+    z = draws()
+    d = judge(log_p(z), normal(z).sum(-1), dim=2)
+    assert not d.trusted
+    assert words in d.verdict
+    assert "Do not trust" in d.verdict
+    assert words in str(d)
+
+
+def test_heavy_tails_have_a_large_khat():
+    z = draws()
+    assert judge(student(z).sum(-1), normal(z).sum(-1), dim=2).khat > 0.7
+    assert judge(normal(z).sum(-1), student(z).sum(-1), dim=2).khat < 0.5
+
+
+def test_a_missed_mode_shows_only_where_the_normalizer_is_known():
+    z = draws()
+    log_q = normal(z).sum(-1)
+    log_p = np.logaddexp(log_q, normal(z, 30.0).sum(-1))  # Z = 2, of which q sees 1
+    assert judge(log_p, log_q, dim=2).trusted  # as the docstring says
+    d = judge(log_p, log_q, dim=2, log_normalizer=math.log(2))
+    assert not d.trusted
+    assert d.kl == pytest.approx(math.log(2), abs=1e-6)
+    assert "misses part of its mass" in d.verdict
+
+
+def test_a_few_non_finite_draws_are_counted_and_forgiven():
+    z = draws()
+    log_q = normal(z).sum(-1)
+    log_p = log_q.copy()
+    log_p[:20] = -np.inf
+    d = judge(log_p, log_q, dim=2)
+    assert d.trusted
+    assert d.nonfinite_fraction == pytest.approx(1e-3)
+    assert d.elbo == pytest.approx(0.0)
+    assert d.log_evidence == pytest.approx(math.log1p(-1e-3))
+    assert "0.1% of the draws not finite" in d.numbers()
+
+
+def test_too_few_draws_for_a_borderline_gap_ask_for_more():
+    z = draws(200, 1, seed=4)
+    d = judge(normal(z, 0.3).sum(-1), normal(z).sum(-1), dim=1)  # KL .045, limit .06
+    assert not d.trusted
+    assert "more draws" in d.verdict
+
+
+@pytest.mark.parametrize("field", ["khat", "gap", "gap_se", "ess_fraction", "nonfinite_fraction"])
+def test_nan_is_never_trusted(field):
+    from flowvi.diagnostics import _verdict
+
+    good = {
+        "elbo": 0.0,
+        "elbo_se": 0.01,
+        "log_evidence": 0.0,
+        "log_evidence_se": 0.01,
+        "gap": 0.0,
+        "gap_se": 0.0,
+    }
+    good |= {"khat": 0.1, "ess": 900.0, "ess_fraction": 0.9, "nonfinite_fraction": 0.0, "num_samples": 1000}
+    assert _verdict(Diagnostics(**good, trusted=False, verdict=""), 0.1)[0]
+    assert not _verdict(Diagnostics(**(good | {field: math.nan}), trusted=False, verdict=""), 0.1)[0]
+
+
+def test_limits():
+    assert khat_limit(100) == pytest.approx(0.5)
+    assert khat_limit(100_000) == 0.7
+    assert gap_limit(1) < gap_limit(26) < gap_limit(1000) == 0.7
+
+
+def test_numbers_are_printed_to_their_precision():
+    z = draws()
+    text = judge(normal(z, 0.1).sum(-1), normal(z).sum(-1), dim=2, log_normalizer=0.0).numbers()
+    assert "ELBO -0.00955 ± 0.00100" in text
+    assert "KL 0.00955" in text
+    assert "k-hat" in text
+    assert "of 20000" in text
