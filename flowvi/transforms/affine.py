@@ -98,17 +98,19 @@ class Affine(Transform):
 
     def _solve(self, x: Tensor, *, transpose: bool) -> Tensor:
         """(I + N)^-1 x, or (I + N)^-T x, for x (..., D)."""
+        if self.kind == "diag":
+            return x
+        rows = x.reshape(-1, self.input_dim)
         if self.kind == "full":
             lower = torch.tril(self.lower, -1)
-            rows = x.reshape(-1, self.input_dim)  # rows @ B^-1 solves B^T x = rows^T
-            matrix = lower if transpose else lower.mT
-            out = torch.linalg.solve_triangular(
+            matrix = lower if transpose else lower.mT  # rows @ B^-1 solves B^T x = rows^T
+            rows = torch.linalg.solve_triangular(
                 matrix, rows, upper=not transpose, left=False, unitriangular=True
             )
-            return out.reshape(x.shape)
-        if self.kind == "low_rank":
-            return x - torch.linalg.solve(self._capacitance(), x @ self.factor, left=False) @ self.factor.mT
-        return x
+        else:  # by Woodbury's identity
+            inner = torch.linalg.solve(self._capacitance(), rows @ self.factor, left=False)
+            rows = rows - inner @ self.factor.mT
+        return rows.reshape(x.shape)
 
     def _capacitance(self) -> Tensor:
         return torch.eye(self.rank, dtype=self.loc.dtype, device=self.loc.device) + self.factor.mT @ self.factor
