@@ -108,7 +108,9 @@ def fit_one(
     if posterior.config.get("stopped") == "interrupted":  # a fit returns at Ctrl-C; here it means: all of it
         raise KeyboardInterrupt
     # The same flow in float64, so that the quadrature measures the fit and not the rounding of inverses.
-    q = flowvi.Flow.from_spec(posterior.flow.spec, dtype=torch.float64)
+    spec = posterior.flow.spec
+    assert spec is not None  # only a flow composed by hand has none
+    q = flowvi.Flow.from_spec(spec, dtype=torch.float64)
     q.load_state_dict(posterior.flow.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumericalWarning)  # the mass has its own column

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import types
 from functools import partial
 
 import pytest
@@ -122,6 +123,14 @@ def test_fig3_tiny(tmp_path):
     assert "soft-walled" in table
     assert "not recorded in any source at hand" in table
     assert "Short fits of 60 steps" in table
+
+
+def test_fig3_ctrl_c_ends_all_of_it(monkeypatch):
+    """A fit swallows Ctrl-C and returns what it has: the other fits must not go on."""
+    stopped = types.SimpleNamespace(config={"stopped": "interrupted"})
+    monkeypatch.setattr("flowvi.fit", lambda *args, **kwargs: stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fig3.run(TINY, progress=False)
 
 
 def test_fig3_quick_is_the_full_grid_of_cases():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +20,10 @@ WARM_UP = 50
 
 CLIP = 10.0
 """A gradient longer than this many times its running length is cut to it: rare, and a sign of a bad particle."""
+
+
+SMALL = 1_000_000
+"""Work per step, S D K, below which a second thread costs more than it brings (measured on two cores)."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,18 @@ def optimize(
     record.elbo = record.elbo[: len(record.beta)]
     record.seconds = time.perf_counter() - start
     return record
+
+
+@contextmanager
+def one_thread_if_small(size: int) -> Iterator[None]:
+    """One torch thread inside, where `size` = S D K numbers are too few to repay waking more of them."""
+    before = torch.get_num_threads()
+    if size < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds_per_step(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError, UntrustedWarning
-from flowvi.fit.engine import Record, Schedule, optimize, seconds_per_step
+from flowvi.fit.engine import Record, Schedule, one_thread_if_small, optimize, seconds_per_step
 from flowvi.fit.whiten import Gaussian
 from flowvi.fit.whiten import whiten as whiten_
 from flowvi.flow import Flow, FlowSpec
@@ -26,8 +26,8 @@ from flowvi.transforms.registry import lookup
 __all__ = ["fit"]
 
 NUM_PARTICLES = 256
-NUM_STEPS = 6000
-LR = 1e-2
+NUM_STEPS = 8000
+LR = 3e-2
 ANNEAL_FRACTION = 0.3
 AUTO_FLOW, AUTO_NUM_FLOWS = "planar", 32
 FEW_FLOWS = 4  # of a flow whose layers are not fused: each is a deep map by itself
@@ -73,9 +73,9 @@ def fit(
         dim: D of a callable.
         flow: a registered name, or factory(input_dim, **options) such as Pyro's; "auto" is planar.
         num_flows: K; 32 for planar and radial, 4 for others.
-        num_steps: steps of Adam; 6000.
+        num_steps: steps of Adam; 8000.
         num_particles: S, draws per step; 256.
-        lr: the largest step size; 1e-2.
+        lr: the largest step size; 3e-2.
         anneal: True for beta from .01 to 1 over the first 30% of the steps, False for none, or a schedule
             step -> beta. None: for energies, and where the whitening's starts disagree.
         whiten: whether the best Gaussian is fitted first. None: for models and callables.
@@ -135,10 +135,11 @@ def fit(
         progress=progress,
     )
     tries = []
-    for attempt in range(restarts or 1):
-        tries.append(_attempt(density, spec, factory, plan, seed + attempt, timing))
-        if tries[-1].record.stopped == "interrupted":
-            break
+    with one_thread_if_small(plan.num_particles * density.dim * max(1, num_flows)):
+        for attempt in range(restarts or 1):
+            tries.append(_attempt(density, spec, factory, plan, seed + attempt, timing))
+            if tries[-1].record.stopped == "interrupted":
+                break
     best = max(tries, key=lambda t: t.elbo)
     q, record, decided = best.flow, best.record, best.decided
     config = {
