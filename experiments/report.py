@@ -93,7 +93,7 @@ class Report:
         paths = [out / "results.json", out / "table.md", out / f"{self.name}.png"]
         paths[0].write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         paths[1].write_text(self._markdown(), encoding="utf-8")
-        # Without the metadata, the picture's bytes don't change with matplotlib's version.
+        # No software's name in it: versions stand in results.json.
         self.figure.savefig(paths[2], dpi=110, metadata={"Software": None})
         return paths
 
