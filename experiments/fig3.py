@@ -89,9 +89,7 @@ def run(config: Config, progress: bool = True) -> Report:
     )
 
 
-def fit_one(
-    config: Config, name: str, flow: str, num_flows: int, seed: int
-) -> tuple[dict[str, Any], flowvi.Flow]:
+def fit_one(config: Config, name: str, flow: str, num_flows: int, seed: int) -> tuple[dict[str, Any], flowvi.Flow]:
     """One fit: its row of results, and q in float64."""
     energy = ENERGIES[name]()
     start = time.perf_counter()
@@ -177,17 +175,13 @@ def _notes(config: Config) -> list[str]:
     return notes
 
 
-def draw(
-    config: Config, images: dict[tuple[str, str, int], Tensor], rows: Sequence[dict[str, Any]]
-) -> Figure:
+def draw(config: Config, images: dict[tuple[str, str, int], Tensor], rows: Sequence[dict[str, Any]]) -> Figure:
     """Rows: the energy. Columns: the true density, then each flow and K with its KL."""
     from matplotlib.figure import Figure
 
     columns = [("true", 0)] + [(flow, k) for flow in config.flows for k in config.num_flows]
     kls = {(r["energy"], r["flow"], r["K"]): r["kl"] for r in rows if r["seed"] == config.seed}
-    figure = Figure(
-        figsize=(1.75 * len(columns) + 0.9, 1.95 * len(config.energies) + 0.3), layout="constrained"
-    )
+    figure = Figure(figsize=(1.75 * len(columns) + 0.9, 1.95 * len(config.energies) + 0.3), layout="constrained")
     grid = figure.subplots(len(config.energies), len(columns), squeeze=False)
     for i, name in enumerate(config.energies):
         top = images[name, "true", 0].exp().max().item()

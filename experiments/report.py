@@ -116,10 +116,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row, with NaN and infinities as None: JSON has no word for them."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def show_density(axes: Any, log_density: torch.Tensor, extent: float, top: float) -> Any:

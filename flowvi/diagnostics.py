@@ -191,8 +191,7 @@ def judge(log_p: _Array, log_q: _Array, *, dim: int, log_normalizer: float | Non
     log_q = np.asarray(log_q, dtype=np.float64)
     if log_p.shape != log_q.shape or log_p.ndim != 1 or log_p.size < MIN_DRAWS:
         raise DimensionError(
-            f"log_p and log_q must both have shape (S,) with S >= {MIN_DRAWS}, got {log_p.shape} and "
-            f"{log_q.shape}."
+            f"log_p and log_q must both have shape (S,) with S >= {MIN_DRAWS}, got {log_p.shape} and {log_q.shape}."
         )
     num = log_p.size
     finite = np.isfinite(log_p) & np.isfinite(log_q)
@@ -257,11 +256,7 @@ def _verdict(d: Diagnostics, limit: float) -> tuple[bool, str]:
         missing = d.log_evidence + limit < d.elbo + d.kl
         bad.append(
             f"The flow is {d.kl:.3g} nats from the target in KL(q || p) (limit {limit:.2g})"
-            + (
-                ", and misses part of its mass, such as a mode: use anneal=True or more restarts."
-                if missing
-                else "."
-            )
+            + (", and misses part of its mass, such as a mode: use anneal=True or more restarts." if missing else ".")
         )
     if not tail_ok:
         bad.append(

@@ -85,17 +85,7 @@ class Flow(TransformedDistribution):
         transforms = [transforms] if isinstance(transforms, TorchTransform) else list(transforms)
         self.module = nn.ModuleList([t for t in transforms if isinstance(t, nn.Module)])
         self.spec = spec
-        if isinstance(base, int):
-            like = next(self.module.parameters(), torch.empty(0))
-            base = dist.Normal(like.new_zeros(()), like.new_ones(())).expand([base]).to_event(1)
-        elif base.event_shape == () and base.batch_shape:
-            base = torch.distributions.Independent(base, 1)
-        if len(base.event_shape) != 1:
-            raise DimensionError(
-                f"the base of a Flow is a distribution over R^D, with event shape (D,); this one has event shape "
-                f"{tuple(base.event_shape)} and batch shape {tuple(base.batch_shape)}."
-            )
-        super().__init__(base, transforms, validate_args=validate_args)
+        super().__init__(_as_base(base, self.module), transforms, validate_args=validate_args)
 
     @classmethod
     def from_spec(
@@ -151,9 +141,7 @@ class Flow(TransformedDistribution):
         base = self.base_dist
         if generator is None:
             return base.rsample(shape)
-        inner = base
-        while isinstance(inner, torch.distributions.Independent):
-            inner = inner.base_dist
+        inner = _innermost(base)
         if isinstance(inner, torch.distributions.Normal):
             eps = torch.randn(
                 shape + base.batch_shape + base.event_shape,
@@ -174,7 +162,7 @@ class Flow(TransformedDistribution):
     def rsample_and_log_prob(
         self, num_samples: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """z (S, D) and log q(z) (S,) in one pass, both with their graph.
+        """Z (S, D) and log q(z) (S,) in one pass, both with their graph.
 
         Args:
             num_samples: S.
@@ -190,7 +178,7 @@ class Flow(TransformedDistribution):
     def rsample_with_score(
         self, num_samples: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """z (S, D), log q(z) (S,), both with their graph, and d log q(z)/dz (S, D) without one, in one pass.
+        """Z (S, D), log q(z) (S,), both with their graph, and d log q(z)/dz (S, D) without one, in one pass.
 
         The score is carried forward through the layers; no inverse is computed (Vaitl et al. 2024,
         arXiv:2207.08219).
@@ -224,7 +212,7 @@ class Flow(TransformedDistribution):
                 )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log q(value), exact for any value of shape (..., D), by the inverses.
+        """Log q(value), exact for any value of shape (..., D), by the inverses.
 
         Raises:
             DimensionError: the last dimension is not D.
@@ -237,7 +225,7 @@ class Flow(TransformedDistribution):
         return super().log_prob(value)
 
     def score(self, value: Tensor) -> Tensor:
-        """d log q(value)/d value (..., D), without a graph.
+        """D log q(value)/d value (..., D), without a graph.
 
         By the forward recurrence from the base point that gave `value` (remembered, if it was just sampled),
         or by autograd where a transform has no path score.
@@ -280,6 +268,21 @@ class Flow(TransformedDistribution):
         lines += [f"  base  {type(_innermost(self.base_dist)).__name__}"]
         lines += [f"  {'->':<4}  {t}" for t in self.transforms]
         return "\n".join(lines)
+
+
+def _as_base(base: torch.distributions.Distribution | int, module: nn.Module) -> torch.distributions.Distribution:
+    """The base as a distribution with event shape (D,)."""
+    if isinstance(base, int):
+        like = next(module.parameters(), torch.empty(0))
+        return dist.Normal(like.new_zeros(()), like.new_ones(())).expand([base]).to_event(1)
+    if base.event_shape == () and base.batch_shape:
+        return torch.distributions.Independent(base, 1)
+    if len(base.event_shape) != 1:
+        raise DimensionError(
+            f"the base of a Flow is a distribution over R^D, with event shape (D,); this one has event shape "
+            f"{tuple(base.event_shape)} and batch shape {tuple(base.batch_shape)}."
+        )
+    return base
 
 
 def _innermost(base: torch.distributions.Distribution) -> torch.distributions.Distribution:

@@ -172,9 +172,7 @@ class AutoFlow(AutoContinuous):
             varied = self._constrain_by_model(probe, args, kwargs)
         return any(not torch.allclose(fixed[n], value, rtol=1e-4) for n, (value, _, _) in varied.items())
 
-    def _constrain_by_model(
-        self, latent: Tensor, args: Any, kwargs: Any
-    ) -> dict[str, tuple[Tensor, Tensor, Any]]:
+    def _constrain_by_model(self, latent: Tensor, args: Any, kwargs: Any) -> dict[str, tuple[Tensor, Tensor, Any]]:
         """Each site's value, log|dz/dx| and distribution, each support read off the model at these latents."""
         parts = {site["name"]: u for site, u in self._unpack_latent(latent)}
         with poutine.block(), _ReadSupports(parts) as reader:
@@ -209,7 +207,7 @@ class AutoFlow(AutoContinuous):
         return self.transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Flow:
-        """q over the unconstrained latents, (D,)."""
+        """Q over the unconstrained latents, (D,)."""
         # The transform is read through the module, so that pyro registers its parameters.
         return Flow(self.get_base_dist(), list(self.transform.parts), validate_args=False)
 
@@ -254,7 +252,7 @@ class AutoFlow(AutoContinuous):
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """log q of any values in the constrained space, exact, with each support's Jacobian.
+        """Log q of any values in the constrained space, exact, with each support's Jacobian.
 
         Args:
             values: site -> value, (*shape), for every latent site; other entries are ignored.

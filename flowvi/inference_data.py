@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,21 +92,17 @@ def _library(kind: str | None) -> tuple[str, Any]:
     for choice in kinds:
         try:
             module = importlib.import_module("arviz" if choice == "inference_data" else "arviz_base")
-        except (
-            Exception
-        ) as error:  # not only ImportError: ArviZ 0.23 beside arviz-plots 0.8 and matplotlib 3.11
+        except Exception as error:  # not only ImportError: ArviZ 0.23 beside arviz-plots 0.8 and matplotlib 3.11
             problem = error
             continue
         if choice == "datatree" or hasattr(module, "InferenceData"):
             return choice, module
     remedy = "'arviz<1'" if kind == "inference_data" else "arviz, or arviz-base"
-    raise OptionError(
-        f"no ArviZ that makes this kind of data can be imported: pip install {remedy}. ({problem!r})"
-    )
+    raise OptionError(f"no ArviZ that makes this kind of data can be imported: pip install {remedy}. ({problem!r})")
 
 
 def _name_dimensions(
-    shapes: dict[str, tuple[Iterable[int], Iterable[str | None]]],
+    shapes: Mapping[str, tuple[Iterable[int], Iterable[str | None]]],
 ) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
     """Variable -> dimension names, and dimension -> coordinates 0, 1, ...; plates are shared."""
     dims: dict[str, list[str]] = {}

@@ -39,7 +39,7 @@ class Target(Protocol):
     """What an objective asks of a target: log p(z) (S,) and its gradient (S, D)."""
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """log p (S,) and d log p/dz (S, D) at z (S, D), without a graph."""
+        """Log p (S,) and d log p/dz (S, D) at z (S, D), without a graph."""
         ...
 
 
@@ -57,7 +57,7 @@ class LinearAnneal:
             )
 
     def __call__(self, step: int) -> float:
-        """beta at a step, counted from 0."""
+        """Beta at a step, counted from 0."""
         return min(1.0, self.start + step / self.num_steps)
 
 
@@ -86,9 +86,7 @@ class ELBO(Trace_ELBO):
 
     path = False
 
-    def __init__(
-        self, num_particles: int = 1, *, anneal: Callable[[int], float] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, num_particles: int = 1, *, anneal: Callable[[int], float] | None = None, **options: Any) -> None:
         super().__init__(num_particles=num_particles, **options)
         self.anneal = anneal
         self._step = 0
@@ -98,7 +96,7 @@ class ELBO(Trace_ELBO):
         return f"{type(self).__name__}(num_particles={self.num_particles}{schedule})"
 
     def beta(self, step: int) -> float:
-        """beta at a step, counted from 0."""
+        """Beta at a step, counted from 0."""
         return 1.0 if self.anneal is None else self.anneal(step)
 
     # For the engine.
@@ -177,14 +175,12 @@ class PathELBO(ELBO):
 class AnnealedELBO(ELBO):
     """The standard ELBO with the paper's annealing, beta_t = min(1, 0.01 + t / 10000) (eq. 20), unless told."""
 
-    def __init__(
-        self, num_particles: int = 1, *, anneal: Callable[[int], float] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, num_particles: int = 1, *, anneal: Callable[[int], float] | None = None, **options: Any) -> None:
         super().__init__(num_particles, anneal=anneal or LinearAnneal(), **options)
 
 
 def _path_log_prob(name: str, site: dict[str, Any]) -> Tensor:
-    """log q of one guide site, whose gradient runs through the sampled value alone."""
+    """Log q of one guide site, whose gradient runs through the sampled value alone."""
     fn, value = site["fn"], site["value"]
     if isinstance(fn, (pyro.distributions.Delta, pyro.distributions.Unit)):
         return site["log_prob_sum"]
@@ -193,8 +189,5 @@ def _path_log_prob(name: str, site: dict[str, Any]) -> Tensor:
             f"the path gradient needs a reparameterized guide, but site {name!r} is drawn from "
             f"{type(fn).__name__}, which has no rsample: use flowvi.ELBO or pyro.infer.TraceGraph_ELBO."
         )
-    if isinstance(fn, Flow):
-        log_prob = (value * fn.score(value)).sum(-1)
-    else:
-        log_prob = detach(fn).log_prob(value)
+    log_prob = (value * fn.score(value)).sum(-1) if isinstance(fn, Flow) else detach(fn).log_prob(value)
     return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()

@@ -342,8 +342,7 @@ class Posterior:
                 rows.append([f"{name}[{label}]" if label else name, *_numbers(columns[i].tolist())])
         widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
         lines = [
-            "  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in range(1, len(row)))])
-            for row in rows
+            "  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in range(1, len(row)))]) for row in rows
         ]
         return lines + ([f"... {total - len(rows) + 1} more"] if total >= len(rows) else [])
 
@@ -433,8 +432,10 @@ class Posterior:
                 start += len(z)
         if not out:
             sites = (*self.density.sites, *self.density.deterministic)
-            kind = {"dtype": self.density.dtype, "device": self.density.device}
-            out = {site.name: torch.empty((num, *site.shape), **kind) for site in sites}
+            out = {
+                s.name: torch.empty((num, *s.shape), dtype=self.density.dtype, device=self.density.device)
+                for s in sites
+            }
         return out
 
     @cached_property
@@ -445,9 +446,7 @@ class Posterior:
         num = max(1000, min(20_000, _SUMMARY_ELEMENTS // max(elements, 1)))
         draws = self._draw(num, _generator(self.seed or 0, "summary", self.density.device))
         sites_at = self._constrain((z for z, _ in draws), num)
-        return {
-            name: x if x.is_floating_point() else x.to(self.density.dtype) for name, x in sites_at.items()
-        }
+        return {name: x if x.is_floating_point() else x.to(self.density.dtype) for name, x in sites_at.items()}
 
     def _log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """The density log q of one chunk of values (S, *shape)."""
@@ -535,9 +534,7 @@ def load(
         arguments = _unplain(content["arguments"])
         history = History(**content["history"])
     except Exception as error:
-        raise FileFormatError(
-            f"{path} has parts that don't fit together ({error}): save the fit anew."
-        ) from error
+        raise FileFormatError(f"{path} has parts that don't fit together ({error}): save the fit anew.") from error
     density = as_density(
         target,
         args=tuple(arguments["args"] if args is None else args),

@@ -92,9 +92,7 @@ def test_known_densities():
     torch.testing.assert_close(banana.log_prob(z), expected)
 
     modes = [
-        normal(torch.tensor([4 * math.cos(a), 4 * math.sin(a), 0, 0, 0], dtype=z.dtype), 0.5)
-        .log_prob(z)
-        .sum(-1)
+        normal(torch.tensor([4 * math.cos(a), 4 * math.sin(a), 0, 0, 0], dtype=z.dtype), 0.5).log_prob(z).sum(-1)
         for a in np.arange(8) * math.pi / 4
     ]
     expected = torch.stack(modes).logsumexp(0) - math.log(8)
@@ -312,9 +310,7 @@ def test_moments_that_do_not_exist():
 # The grid -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "energy", [U1(), U2(), U3(), U4(), RingOfGaussians(), StudentT(1, df=30.0)], ids=names
-)
+@pytest.mark.parametrize("energy", [U1(), U2(), U3(), U4(), RingOfGaussians(), StudentT(1, df=30.0)], ids=names)
 def test_grid_log_prob_integrates_to_one(energy):
     grid, log_p = energy.grid_log_prob(300)
     assert log_p.shape == grid.weights.shape == (300,) * energy.dim
@@ -342,9 +338,7 @@ def test_kl_of_a_collapse_is_log_two():
 
 def test_kl_between_gaussians():
     p = CorrelatedGaussian(2, rho=0.6)
-    q = torch.distributions.MultivariateNormal(
-        torch.tensor([0.3, -0.2]), torch.tensor([[1.5, 0.2], [0.2, 0.7]])
-    )
+    q = torch.distributions.MultivariateNormal(torch.tensor([0.3, -0.2]), torch.tensor([[1.5, 0.2], [0.2, 0.7]]))
     exact = torch.distributions.kl_divergence(
         q, torch.distributions.MultivariateNormal(torch.zeros(2), torch.tensor([[1, 0.6], [0.6, 1]]))
     )

@@ -12,9 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-pytest.importorskip(
-    "matplotlib", reason="the experiments draw with matplotlib: pip install 'flowvi[experiments]'"
-)
+pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib: pip install 'flowvi[experiments]'")
 typer_testing = pytest.importorskip("typer.testing", reason="needs typer: pip install 'flowvi[experiments]'")
 
 from experiments import fig1, fig3, report  # noqa: E402
@@ -63,9 +61,7 @@ def test_fig1_quick(tmp_path, monkeypatch):
     assert "wrote " in output
     assert results["config"] == json.loads(json.dumps(dataclasses.asdict(fig1.Config.quick(3))))
     rows = results["rows"]
-    cases = [
-        (b, f, k) for b in ("unit Gaussian", "uniform") for f in ("planar", "radial") for k in (1, 2, 10)
-    ]
+    cases = [(b, f, k) for b in ("unit Gaussian", "uniform") for f in ("planar", "radial") for k in (1, 2, 10)]
     assert [(row["base"], row["flow"], row["K"]) for row in rows] == cases
     for row in rows:  # the uniform's edges cost a part of a cell of this coarse grid
         assert row["integral"] == pytest.approx(1, abs=1e-3 if row["base"] == "unit Gaussian" else 0.04)
@@ -87,9 +83,7 @@ def test_fig1_parameters(flow):
 
 
 def test_fig1_planar_takes_the_scales_of_its_docstring():
-    stack = fig1.planar(
-        2, partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    )
+    stack = fig1.planar(2, partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     from flowvi.kernels.planar import constrain
 
     u_hat, one_plus_m = constrain(stack.w, stack.u, stack.constraint)
@@ -153,9 +147,7 @@ def test_results_are_strict_json(tmp_path):
     from matplotlib.figure import Figure
 
     rows = [{"kl": math.nan, "khat": math.inf, "name": "U1", "seconds": 1.5, "none": None}]
-    made = report.Report(
-        "x", "A title", fig1.Config(seed=7), rows, [{"kl": "nan"}], ["A note."], Figure(), 2.0
-    )
+    made = report.Report("x", "A title", fig1.Config(seed=7), rows, [{"kl": "nan"}], ["A note."], Figure(), 2.0)
     paths = made.write(tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["results.json", "table.md", "x.png"]
     results = json.loads(paths[0].read_text(), parse_constant=pytest.fail)
@@ -165,9 +157,7 @@ def test_results_are_strict_json(tmp_path):
 
 def test_missing_matplotlib_is_a_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(
-        FlowVIError, match=r"matplotlib, which is missing: pip install 'flowvi\[experiments\]'"
-    ):
+    with pytest.raises(FlowVIError, match=r"matplotlib, which is missing: pip install 'flowvi\[experiments\]'"):
         fig1.run(fig1.Config.quick(), progress=False)
     result = typer_testing.CliRunner().invoke(app, ["fig1", "--quick"])
     assert result.exit_code == 1

@@ -89,9 +89,7 @@ def test_defaults_reach_the_papers_energies(name, limit):
 
 def test_seed_makes_it_reproducible_and_leaves_the_global_state_alone():
     def run(seed):
-        return flowvi.fit(
-            flowvi.energies.U2(), num_flows=4, num_steps=60, seed=seed, progress=False, verify=False
-        )
+        return flowvi.fit(flowvi.energies.U2(), num_flows=4, num_steps=60, seed=seed, progress=False, verify=False)
 
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -101,9 +99,7 @@ def test_seed_makes_it_reproducible_and_leaves_the_global_state_alone():
     assert (np.random.get_state()[1] == numpy_before).all()  # noqa: NPY002
     for a, b in zip(first.flow.parameters(), second.flow.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert any(
-        not torch.equal(a, b) for a, b in zip(first.flow.parameters(), other.flow.parameters(), strict=True)
-    )
+    assert any(not torch.equal(a, b) for a, b in zip(first.flow.parameters(), other.flow.parameters(), strict=True))
     assert run(None).config["seed"] is not None
 
 
@@ -126,9 +122,7 @@ def test_auto_is_planar_with_32_layers():
 
 
 def test_an_objective_can_be_given():
-    posterior = flowvi.fit(
-        flowvi.energies.U2(), num_flows=2, num_steps=30, objective=flowvi.AnnealedELBO(16), **QUIET
-    )
+    posterior = flowvi.fit(flowvi.energies.U2(), num_flows=2, num_steps=30, objective=flowvi.AnnealedELBO(16), **QUIET)
     assert posterior.config["gradient"] == "standard"
     assert posterior.config["num_particles"] == 16
     with pytest.raises(errors.OptionError, match="either objective=, or num_particles="):

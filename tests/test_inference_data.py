@@ -115,9 +115,7 @@ def test_attributes_carry_the_diagnosis(posterior, kind):
 def test_resampled_draws(posterior, kind):
     data = convert(posterior, kind, resample=True, seed=1)
     assert data.attrs["resampled"] == 1
-    np.testing.assert_array_equal(
-        data["posterior"]["mu"].values[0], posterior.resample(500, seed=1)["mu"].numpy()
-    )
+    np.testing.assert_array_equal(data["posterior"]["mu"].values[0], posterior.resample(500, seed=1)["mu"].numpy())
     assert data["sample_stats"]["lp"].shape == (1, 500)
 
 
@@ -173,9 +171,7 @@ def test_functions_of_arviz_1(posterior):
     data = convert(posterior, "datatree", num_samples=2000)
     assert isinstance(data, xarray.DataTree)
     summary = stats.summary(data, round_to="none")
-    assert float(summary.loc["eta[3]", "mean"]) == pytest.approx(
-        float(data["posterior"]["eta"][0, :, 3].mean())
-    )
+    assert float(summary.loc["eta[3]", "mean"]) == pytest.approx(float(data["posterior"]["eta"][0, :, 3].mean()))
     loo = stats.loo(data)
     assert loo.n_data_points == 8
     assert np.isfinite(loo.elpd)

@@ -12,7 +12,11 @@ F64 = torch.float64
 
 
 def planar_parameters(layers: int, dim: int, dtype=F64):
-    return torch.randn(layers, dim, dtype=dtype), torch.randn(layers, dim, dtype=dtype), torch.randn(layers, dtype=dtype)
+    return (
+        torch.randn(layers, dim, dtype=dtype),
+        torch.randn(layers, dim, dtype=dtype),
+        torch.randn(layers, dtype=dtype),
+    )
 
 
 @pytest.mark.parametrize("constraint", planar.CONSTRAINTS)
@@ -92,7 +96,9 @@ def test_special_points():
     y, log_det = planar.layer(torch.ones(3), torch.ones(3), torch.zeros(3), torch.zeros(()), "squareplus")
     assert torch.equal(y, torch.ones(3))
     assert log_det.item() == 0
-    _, log_det = planar.layer(torch.zeros(1), torch.full((1,), 5.0), torch.full((1,), -3.0), torch.zeros(()), "softplus")
+    _, log_det = planar.layer(
+        torch.zeros(1), torch.full((1,), 5.0), torch.full((1,), -3.0), torch.zeros(()), "softplus"
+    )
     assert torch.isfinite(log_det)
     centre = torch.ones(1, 2, dtype=F64, requires_grad=True)
     raw = torch.tensor([0.7], dtype=F64)

@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 ENERGIES: dict[str, type[Energy]] = {
-    kind.__name__: kind
-    for kind in (U1, U2, U3, U4, Funnel, Banana, RingOfGaussians, CorrelatedGaussian, StudentT)
+    kind.__name__: kind for kind in (U1, U2, U3, U4, Funnel, Banana, RingOfGaussians, CorrelatedGaussian, StudentT)
 }
 """Every energy by name; each can be made without arguments."""

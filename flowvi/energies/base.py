@@ -216,8 +216,7 @@ class Energy(ABC):
         log_density = torch.cat([log_q(part.to(dtype)).double() for part in z.split(65536)])
         if log_density.shape != z.shape[:1]:
             raise DimensionError(
-                f"log_q must map points (N, {self.dim}) to (N,); it made {tuple(log_density.shape)} "
-                f"of {tuple(z.shape)}"
+                f"log_q must map points (N, {self.dim}) to (N,); it made {tuple(log_density.shape)} of {tuple(z.shape)}"
             )
         q = log_density.exp() * grid.weights.reshape(-1)
         terms = torch.where(q > 0, q * (log_density - self.log_prob(z)), 0.0)

@@ -193,5 +193,3 @@ def _show(bar: tqdm, record: Record, step: int) -> None:
     if not bar.disable:
         smooth = record.elbo[max(0, step - 99) : step + 1].nanmean()
         bar.set_postfix_str(f"ELBO {float(smooth):.2f}", refresh=False)
-
-

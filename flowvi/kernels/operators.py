@@ -23,9 +23,7 @@ _LIB.define(
     "planar_stack_backward(Tensor? g_y, Tensor? g_log_det, Tensor x, Tensor w, Tensor u, Tensor b, Tensor t, "
     "str constraint) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_LIB.define(
-    "radial_stack(Tensor x, Tensor z0, Tensor raw_alpha, Tensor raw_s) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+_LIB.define("radial_stack(Tensor x, Tensor z0, Tensor raw_alpha, Tensor raw_s) -> (Tensor, Tensor, Tensor, Tensor)")
 _LIB.define(
     "radial_stack_backward(Tensor? g_y, Tensor? g_log_det, Tensor inputs, Tensor z0, Tensor raw_alpha, "
     "Tensor raw_s, Tensor r) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -85,8 +83,7 @@ Batched = tuple[tuple[Tensor, ...], tuple[int, ...]]
 def _one_by_one(op: Any, batch_size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> Batched:
     """Batches over parameters: right for every operator, one call for each element of the batch."""
     each = [
-        op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
-        for i in range(batch_size)
+        op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(batch_size)
     ]
     stacked = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
     return stacked, (0,) * len(stacked)
@@ -142,9 +139,7 @@ class _PlanarStack(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor, Tensor]:
         return _OPS.planar_stack(x, w, u, b, constraint)
 
     @staticmethod
@@ -168,9 +163,7 @@ class _RadialStack(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _OPS.radial_stack(x, z0, raw_alpha, raw_s)
 
     @staticmethod
@@ -181,9 +174,7 @@ class _RadialStack(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, g_y: Tensor | None, g_log_det: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_y: Tensor | None, g_log_det: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if g_y is None and g_log_det is None:
             return (None,) * 4
         return tuple(_OPS.radial_stack_backward(g_y, g_log_det, *ctx.saved_tensors))
@@ -215,13 +206,11 @@ def planar_stack(x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) ->
     return _PlanarStack.apply(x, w, u, b, constraint)
 
 
-def radial_stack(
-    x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def radial_stack(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K radial layers: y (S, D), log|det| (S,), inputs (K, S, D), r (K, S); see `radial.stack_forward`."""
     return _RadialStack.apply(x, z0, raw_alpha, raw_s)
 
 
 def planar_root(c: Tensor, one_plus_m: Tensor) -> Tensor:
-    """p with p + m tanh(p) = c, elementwise over tensors of one shape; see `root.planar_root`."""
+    """P with p + m tanh(p) = c, elementwise over tensors of one shape; see `root.planar_root`."""
     return _PlanarRoot.apply(*torch.broadcast_tensors(c, one_plus_m))

@@ -34,7 +34,7 @@ def _positive_slope(raw: Tensor) -> Tensor:
 
 
 def _factors(r: Tensor, alpha: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """g and h2 of the docstring on top, of the shape of r."""
+    """G and h2 of the docstring on top, of the shape of r."""
     reach = alpha + r
     return (r + s) / reach, (alpha * s + 2 * alpha * r + r * r) / (reach * reach)
 
@@ -54,7 +54,7 @@ def layer(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tens
 
 
 def layer_inverse(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> Tensor:
-    """x (..., D) with layer(x) = y: the positive root in the form that does not cancel, for each sign."""
+    """X (..., D) with layer(x) = y: the positive root in the form that does not cancel, for each sign."""
     alpha, s = positive(raw_alpha), positive(raw_s)
     offset = y - z0
     big = torch.linalg.vector_norm(offset, dim=-1)
@@ -84,13 +84,9 @@ def layer_score(
 
 
 def _log_det_slope(r: Tensor, alpha: Tensor, s: Tensor, dim: int) -> Tensor:
-    """d log|det| / dr."""
+    """D log|det| / dr."""
     reach = alpha + r
-    return (
-        (dim - 1) * (alpha - s) / ((r + s) * reach)
-        + 2 * reach / (alpha * s + 2 * alpha * r + r * r)
-        - 2 / reach
-    )
+    return (dim - 1) * (alpha - s) / ((r + s) * reach) + 2 * reach / (alpha * s + 2 * alpha * r + r * r) - 2 / reach
 
 
 def stack_forward(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,9 +154,7 @@ def stack_backward(
     return cot, g_z0, g_alpha * _positive_slope(raw_alpha), g_s * _positive_slope(raw_s)
 
 
-def stack_score(
-    inputs: Tensor, score: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor, r: Tensor
-) -> Tensor:
+def stack_score(inputs: Tensor, score: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor, r: Tensor) -> Tensor:
     """The score of q at the stack's output, (S, D), from the score at its input and `stack_forward`'s rest."""
     alpha, s = positive(raw_alpha).unsqueeze(-1), positive(raw_s).unsqueeze(-1)
     g, h2 = _factors(r, alpha, s)

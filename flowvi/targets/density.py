@@ -70,7 +70,7 @@ class LogDensity(ABC):
         return f"LogDensity({self.name}, dim={self.dim}, path={self.path}, dtype={self.dtype})"
 
     def __call__(self, z: Tensor) -> Tensor:
-        """log p(z), differentiable by autograd with respect to z.
+        """Log p(z), differentiable by autograd with respect to z.
 
         Args:
             z: (S, D).
@@ -84,7 +84,7 @@ class LogDensity(ABC):
         return self._log_prob(self._checked(z))
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(z) and its gradient, detached.
+        """Log p(z) and its gradient, detached.
 
         Args:
             z: (S, D).
@@ -113,7 +113,7 @@ class LogDensity(ABC):
             return self._constrain(self._checked(z).detach())
 
     def unconstrain(self, values: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """z of any constrained values of the latent sites, and log|det dz/dx|.
+        """Z of any constrained values of the latent sites, and log|det dz/dx|.
 
         For a simplex, an ordered vector and the like, dx is over the coordinates that torch's transform counts.
         Sites that are not latent are ignored.

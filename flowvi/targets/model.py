@@ -164,9 +164,11 @@ class ModelDensity(LogDensity):
             try:
                 recording = self._traced(z)
             except TraceError as error:
-                return self._fall_back(str(error))
+                self._fall_back(str(error))
+                return None
             if not self._agrees(recording, z):
-                return self._fall_back("its graph and the model itself give different values")
+                self._fall_back("its graph and the model itself give different values")
+                return None
         held = recording.parameters
         if held:
             names = sorted(self._parameter_name(t) for t in held.values())
@@ -374,5 +376,3 @@ def _non_finite(name: str, last: Any) -> Exception:
             f"U(-2, 2) of unconstrained space: check its data, its support, and the scales of its parameters"
         )
     return NonFiniteError(f"the log density of the model {name} is finite at none of {_TRIES} points")
-
-

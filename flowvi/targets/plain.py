@@ -103,9 +103,7 @@ class PlainDensity(LogDensity):
             value: Any = self._try(call, z)
         if not isinstance(value, Tensor) or value.shape != (particles,):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise DimensionError(
-                f"{call} returned {got}, expected ({particles},): one log density for each row of z"
-            )
+            raise DimensionError(f"{call} returned {got}, expected ({particles},): one log density for each row of z")
         if not value.isfinite().any():
             raise NonFiniteError(
                 f"{call} is finite at none of {particles} points in U(-2, 2), but {value[0].item()}: it must be "

@@ -99,9 +99,7 @@ class Reader(Messenger):
         masked: the observed sites whose masked-out entries are NaN.
     """
 
-    def __init__(
-        self, indices: Mapping[str, Tensor] | None = None, masked: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, indices: Mapping[str, Tensor] | None = None, masked: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.log_det: Tensor | float = 0.0
         self._indices = indices or {}
@@ -141,7 +139,7 @@ class FromUnconstrained(Reader):
         self._layout, self._z = layout, z
 
     def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
-        """x = T(z), and its log|dx/dz|."""
+        """X = T(z), and its log|dx/dz|."""
         u = self._layout.read(self._z, name)
         x = transform(u)
         self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
@@ -163,7 +161,7 @@ class FromRandom(Reader):
         self.masked: set[str] = set()
 
     def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
-        """x = T(u) of a random u."""
+        """X = T(u) of a random u."""
         u = torch.rand(transform.inverse_shape(shape), generator=self._generator, dtype=self._dtype) * 4 - 2
         u = u.to(self._device)
         self.unconstrained.append(u.flatten())
@@ -196,7 +194,7 @@ class FromConstrained(Reader):
         self.inside: dict[str, Tensor] = {}
 
     def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
-        """x as given; keeps z = T^-1(x), log|dx/dz|, and whether x lies inside the support."""
+        """X as given; keeps z = T^-1(x), log|dx/dz|, and whether x lies inside the support."""
         x = self._layout.read(self._x, name)
         u = transform.inv(x)
         self.unconstrained[name] = u

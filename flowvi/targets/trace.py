@@ -88,13 +88,13 @@ _READS_MEMORY = ("numpy", "__array__", "tolist", "data_ptr", "storage", "untyped
 class Traced(torch.Tensor):
     """A tensor that depends on the inputs of a trace: its value at the traced point, and its node."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     elem: Tensor
     node: fx.Node
 
     @staticmethod
-    def __new__(cls, elem: Tensor, node: fx.Node) -> Traced:
+    def __new__(cls: type[Traced], elem: Tensor, node: fx.Node) -> Traced:
         out = torch.Tensor._make_wrapper_subclass(
             cls,
             elem.shape,
@@ -113,7 +113,9 @@ class Traced(torch.Tensor):
         return Traced(self.elem, self.node)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise TraceError(f"a traced tensor was kept and used after the trace ({func})")
 
 
@@ -228,9 +230,7 @@ class _Tracer(TorchDispatchMode):
             return None
         if func is aten.cholesky.default:
             upper = args[1] if len(args) > 1 else False
-            return self.__torch_dispatch__(
-                aten.linalg_cholesky_ex.default, types, (args[0],), {"upper": upper}
-            )[0]
+            return self.__torch_dispatch__(aten.linalg_cholesky_ex.default, types, (args[0],), {"upper": upper})[0]
         if func in (aten.index.Tensor, aten.index_put.default):
             func, flat, spec = self._integer_indices(func, flat, spec)
         elif {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
@@ -270,8 +270,7 @@ class _Tracer(TorchDispatchMode):
             return Traced(out, node)
         if isinstance(out, (tuple, list)):
             items = (
-                self._wrap(o, self.graph.call_function(operator.getitem, (node, i)), func)
-                for i, o in enumerate(out)
+                self._wrap(o, self.graph.call_function(operator.getitem, (node, i)), func) for i, o in enumerate(out)
             )
             return list(items) if isinstance(out, list) else tuple(items)
         if out is None:
@@ -384,9 +383,7 @@ class _NoMemory(TorchFunctionMode):
 
 def _same_as(func: Any, args: tuple[Any, ...], out: Any) -> int | None:
     """Which argument the result is a mere copy of, if any."""
-    if func in _COPIES or (
-        func in _NEUTRAL and isinstance(args[1], (int, float)) and args[1] == _NEUTRAL[func]
-    ):
+    if func in _COPIES or (func in _NEUTRAL and isinstance(args[1], (int, float)) and args[1] == _NEUTRAL[func]):
         which = 0
     elif func is aten.copy.default:
         which = 1

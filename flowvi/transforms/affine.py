@@ -104,9 +104,7 @@ class Affine(Transform):
         if self.kind == "full":
             lower = torch.tril(self.lower, -1)
             matrix = lower if transpose else lower.mT  # rows @ B^-1 solves B^T x = rows^T
-            rows = torch.linalg.solve_triangular(
-                matrix, rows, upper=not transpose, left=False, unitriangular=True
-            )
+            rows = torch.linalg.solve_triangular(matrix, rows, upper=not transpose, left=False, unitriangular=True)
         else:  # by Woodbury's identity
             inner = torch.linalg.solve(self._capacitance(), rows @ self.factor, left=False)
             rows = rows - inner @ self.factor.mT

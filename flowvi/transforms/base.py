@@ -35,15 +35,16 @@ class InvertibleMap(TorchTransform):
     """Whether `forward_with_score` exists, at a cost of the order of the forward pass."""
 
     input_dim: int
+    _pair: Any = None  # (x, weak y, log|det|, version): what the cache remembers
 
     # The mathematics, one family each.
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y (..., D) and log|det dy/dx| (...) of x (..., D)."""
+        """Y (..., D) and log|det dy/dx| (...) of x (..., D)."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
-        """x (..., D) with forward(x) = y, differentiable in y and in the parameters."""
+        """X (..., D) with forward(x) = y, differentiable in y and in the parameters."""
         raise NotImplementedError
 
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +106,7 @@ class InvertibleMap(TorchTransform):
         self._pair = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """y = f(x), (..., D) to (..., D)."""
+        """Y = f(x), (..., D) to (..., D)."""
         x_old, y_old, _ = self._recall()
         if x is x_old and y_old is not None:
             return y_old
@@ -195,7 +196,6 @@ class Transform(InvertibleMap, TransformModule):
         if not isinstance(input_dim, int) or isinstance(input_dim, bool) or input_dim < 1:
             raise OptionError(f"input_dim must be a positive integer, not {input_dim!r}.")
         super().__init__(cache_size=cache_size)
-        self._pair: Any = None
         self.input_dim = input_dim
 
     def _parameter_tensors(self) -> tuple[Tensor, ...]:
@@ -226,7 +226,6 @@ class Conditioned(InvertibleMap):
 
     def __init__(self, family: type[Any], params: tuple[Tensor, ...], **options: Any) -> None:
         super().__init__(cache_size=1)
-        self._pair: Any = None
         self.family, self.params, self.options = family, params, options
         self.input_dim = params[0].shape[-1]
         self.has_path_score = family.has_path_score  # type: ignore[misc]
