@@ -63,7 +63,8 @@ def to_arviz(
         "posterior": {name: _chain(value) for name, value in values.items()},
         "sample_stats": {"lp": _chain(log_p), "log_q": _chain(log_q), "log_weight": _chain(log_p - log_q)},
     }
-    shapes = {site.name: (site.shape, site.plates) for site in (*density.sites, *density.deterministic)}
+    sites = (*density.sites, *density.deterministic, *density.observed_sites)
+    shapes = {site.name: (site.shape, site.plates) for site in sites}
     if density.observed:
         log_likelihood = density.log_likelihood(z)
         groups["log_likelihood"] = {name: _chain(value) for name, value in log_likelihood.items()}

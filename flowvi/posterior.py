@@ -297,14 +297,14 @@ class Posterior:
             "flow_dtype": str(self.flow.dtype),
             "dtype": str(self.density.dtype),
             "sites": _site_table(self.density),
-            "arguments": arguments,
+            "is_model": self.density.model is not None,
             "arguments_stored": stored,
             "config": self.config,
             "timing": self.timing,
             "history": history,
             "seed": self.seed,
         }
-        _write(Path(path), _plain(content, otherwise=str))
+        _write(Path(path), _plain(content, otherwise=str) | {"arguments": arguments})
 
     # in words
 
@@ -539,7 +539,7 @@ def load(
         target,
         args=tuple(arguments["args"] if args is None else args),
         kwargs=dict(arguments["kwargs"] if kwargs is None else kwargs),
-        dim=spec.dim,
+        dim=None if content["is_model"] else spec.dim,
         dtype=dtype,
         device=torch.device("cpu"),
     )

@@ -124,7 +124,7 @@ def plates_and_events():
     with pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 4, dim=-1):
         x = pyro.sample("x", dist.Normal(zero, 1.0).expand([2]).to_event(1))
         pyro.sample("data", dist.Normal(x, 1.0).to_event(1), obs=torch.zeros(3, 4, 2, dtype=torch.float64))
-    with pyro.plate("y", 5):  # a plate called like its site
+    with pyro.plate("chain", 5):  # a name that ArviZ keeps for itself
         pyro.sample("y", dist.Normal(zero, 1.0))
     with pyro.plate("again", 2):
         pyro.sample("first", dist.Normal(zero, 1.0))
@@ -137,7 +137,7 @@ def test_event_dimensions_and_names_that_clash(kind):
     dims = {name: value.dims[2:] for name, value in data["posterior"].data_vars.items()}
     assert dims == {
         "x": ("rows", "columns", "x_dim_2"),
-        "y": ("y_dim",),
+        "y": ("chain_dim",),
         "first": ("again",),
         "w": ("w_dim_0",),
     }

@@ -283,7 +283,7 @@ def test_resample_of_constrained_sites_keeps_them_together():
 
 def test_resample_without_a_finite_density_is_a_typed_error():
     with pytest.raises(NonFiniteError, match="no draw of the flow"):
-        make(lambda z: z.sum(-1) + torch.where(z[:, 0].abs() < 100, math.nan, 0.0), dim=1).resample(10)
+        make(lambda z: z.sum(-1) + torch.where(z[:, 0] > -1e-3, 0.0, math.nan), dim=1, loc=-50.0).resample(10)
 
 
 @pytest.mark.parametrize("num", [-1, 2.5, True, "10"])
@@ -338,7 +338,7 @@ def test_diagnose_is_cached_and_seeded():
 
 
 def test_heavy_tails_are_not_trusted():
-    posterior = make(lambda z: -torch.log1p(z.square()).sum(-1), dim=2, scale=0.5)
+    posterior = make(lambda z: -0.1 * torch.log1p(z.square()).sum(-1), dim=2, scale=0.5)
     d = posterior.diagnose()
     assert d.khat > 0.7
     assert not d.trusted
@@ -460,7 +460,7 @@ def test_arguments_that_are_not_plain_must_be_passed(tmp_path):
 def test_callables_and_energies_round_trip(tmp_path):
     posterior = gaussian(0.3, num_flows=2, spread=0.2)
     posterior.save(tmp_path / "fit.pt")
-    loaded = load(tmp_path / "fit.pt", posterior.density.model)
+    loaded = load(tmp_path / "fit.pt", posterior.density)
     assert torch.equal(loaded.sample(5, seed=0)["z"], posterior.sample(5, seed=0)["z"])
     energy = make(CorrelatedGaussian(dim=2))
     energy.save(tmp_path / "energy.pt")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.func import grad_and_value, vmap
 
-from ..errors import TraceError
-from .trace import trace
+from flowvi.errors import TraceError
+from flowvi.targets.trace import trace
 
 __all__ = ["BatchedGraph"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from ..errors import DimensionError, OptionError
-from .sites import Site
+from flowvi.errors import DimensionError, OptionError
+from flowvi.targets.sites import Site
 
 __all__ = ["Energy", "LogDensity"]
 
@@ -41,6 +41,7 @@ class LogDensity(ABC):
         device: where they are computed.
         sites: the latent sites, in model order. Energies and callables have one, "z", of shape (D,).
         deterministic: the `pyro.deterministic` sites.
+        observed_sites: the sites with data.
         path: "graph" (a traced Pyro model), "eager" (one that can't be traced, run particle by particle) or
             "callable" (an energy or a plain log density).
         reason: why the path is "eager", else None.
@@ -57,6 +58,7 @@ class LogDensity(ABC):
     device: torch.device
     sites: tuple[Site, ...]
     deterministic: tuple[Site, ...] = ()
+    observed_sites: tuple[Site, ...] = ()
     path: str
     reason: str | None = None
     log_normalizer: float | None = None
@@ -115,6 +117,8 @@ class LogDensity(ABC):
     def unconstrain(self, values: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Z of any constrained values of the latent sites, and log|det dz/dx|.
 
+        A value outside its support, or on the edge of it, gives log|det dz/dx| = NaN.
+
         For a simplex, an ordered vector and the like, dx is over the coordinates that torch's transform counts.
         Sites that are not latent are ignored.
 
@@ -125,11 +129,10 @@ class LogDensity(ABC):
             z (S, D) and log|det dz/dx| (S,).
 
         Raises:
-            OptionError: If a site is missing, or a value lies outside its support or on the edge of it.
+            OptionError: If a site is missing.
             DimensionError: If a value has the wrong shape.
         """
-        with torch.no_grad():
-            return self._unconstrain(self._packed(values))
+        return self._unconstrain(self._packed(values))
 
     def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
         """The pointwise log-likelihood of each observed site: not scaled, 0 where masked out, no gradients.
@@ -201,7 +204,7 @@ class LogDensity(ABC):
                     f"no value for the latent site {site.name!r}: give one of shape (S, *{tuple(site.shape)}) for "
                     f"each of {[s.name for s in self.sites]}"
                 )
-            value = torch.as_tensor(values[site.name]).detach().to(self.device, self.dtype)
+            value = torch.as_tensor(values[site.name]).to(self.device, self.dtype)
             particles = len(columns[0]) if columns else (value.shape[0] if value.ndim else 1)
             if value.shape != (particles, *site.shape):
                 raise DimensionError(
@@ -210,9 +213,3 @@ class LogDensity(ABC):
                 )
             columns.append(value.reshape(particles, site.shape.numel()))
         return torch.cat(columns, 1)
-
-    def _outside(self, site: Site, particle: int) -> OptionError:
-        return OptionError(
-            f"the value of site {site.name!r} of particle {particle} lies outside its support {site.support}, "
-            "or on the edge of it, where the density has no unconstrained point"
-        )

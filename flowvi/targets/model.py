@@ -143,6 +143,7 @@ class ModelDensity(LogDensity):
         latent = [n for n in samples if not n["is_observed"] and type(n["fn"]).__name__ != "_Subsample"]
         self.sites = tuple(site_of(n) for n in latent)
         self.deterministic = tuple(site_of(n) for n in samples if n["infer"].get("_deterministic"))
+        self.observed_sites = tuple(site_of(n) for n in samples if n["name"] in reader.observed)
         self._layout = Layout(self.sites)
         self.dim = self._layout.size
         self._subsampled, self._data = reader.subsampled, reader.observed
@@ -155,7 +156,7 @@ class ModelDensity(LogDensity):
         with self._isolated():
             first = self._outputs(z, *self._indices())
             with private_rng(self.device, 1):
-                again = self._outputs(z, *self._indices(fresh=False))
+                again = self._outputs(z, *self._indices())
             if not self.subsampled and not _same(first["log_p"], again["log_p"]):
                 raise TargetError(
                     f"the model {self.name} gives another log density each time it is run at the same point: it draws "
@@ -216,7 +217,7 @@ class ModelDensity(LogDensity):
             names |= {id(p): n for n, p in self.model.named_parameters()}
         return names.get(id(tensor), f"a parameter of shape {tuple(tensor.shape)}")
 
-    def _indices(self, *, fresh: bool = True) -> list[Tensor]:
+    def _indices(self) -> list[Tensor]:
         """Each subsampling plate's indices, drawn afresh."""
         return [
             torch.randperm(size, generator=self.generator)[:part].to(self.device)
@@ -304,12 +305,8 @@ class ModelDensity(LogDensity):
             found = {k: torch.stack([r[k] for r in rows]) for k in rows[0]} if rows else {}
         if not found:
             return x.new_zeros(0, self.dim), x.new_zeros(0)
-        for site in self.sites:
-            inside = found[f"inside {site.name}"]
-            if not bool(inside.all()):
-                raise self._outside(site, int((~inside).nonzero()[0, 0]))
-        return found["z"], found["log_det"]
-
+        inside = torch.stack([found[f"inside {s.name}"] for s in self.sites]).all(0)
+        return found["z"], torch.where(inside, found["log_det"], math.nan)
     @property
     def observed(self) -> dict[str, Tensor]:
         """The observed values by site; all of the data where a plate subsamples."""
@@ -340,7 +337,7 @@ def _cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
     def move(t: Tensor) -> Tensor:
         if isinstance(t, torch.nn.Parameter):
             return t
-        return t.to(device, dtype) if t.is_floating_point() else t.to(device)
+        return t.detach().to(device, dtype) if t.is_floating_point() else t.to(device)
 
     return tree_map_only(Tensor, move, value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from ..errors import DimensionError, FlowVIError, NonFiniteError, OptionError, TargetError
-from .density import Energy, LogDensity
-from .sites import Site
+from flowvi.errors import DimensionError, FlowVIError, NonFiniteError, OptionError, TargetError
+from flowvi.targets.density import Energy, LogDensity
+from flowvi.targets.sites import Site
 
 __all__ = ["PlainDensity"]
 
@@ -87,10 +88,7 @@ class PlainDensity(LogDensity):
         return {"z": z}
 
     def _unconstrain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        bad = ~x.isfinite().all(1)
-        if bad.any():
-            raise self._outside(self.sites[0], int(bad.nonzero()[0, 0]))
-        return x, x.new_zeros(len(x))
+        return x, torch.where(x.isfinite().all(1), 0.0, math.nan).to(x)
 
     def _probe(self) -> None:
         """Evaluates once, at 20 points in U(-2, 2), and says what is wrong with what comes back."""

@@ -23,7 +23,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
-from ..errors import DiscreteLatentError, SubsampledLatentError, TargetError
+from flowvi.errors import DiscreteLatentError, SubsampledLatentError, TargetError
 
 __all__ = ["FromConstrained", "FromRandom", "FromUnconstrained", "Layout", "Reader", "Site", "site_of"]
 
@@ -51,11 +51,12 @@ def site_of(message: Mapping[str, Any]) -> Site:
     deterministic = bool(message["infer"].get("_deterministic"))
     shape = Size(value.shape)
     support = constraints.real if deterministic else fn.support
-    unconstrained = shape if deterministic else Size(_bijection(message).inverse_shape(shape))
-    batch = len(shape) - fn.event_dim
+    latent = not (deterministic or message["is_observed"])
+    unconstrained = Size(_bijection(message).inverse_shape(shape)) if latent else shape
+    batch = len(shape) - (0 if deterministic else fn.event_dim)  # pyro.deterministic calls everything an event
     plates: list[str | None] = [None] * batch
     for frame in message["cond_indep_stack"]:
-        if frame.dim is not None and -frame.dim <= batch:
+        if frame.dim is not None and -frame.dim <= batch and shape[:batch][frame.dim] == frame.size:
             plates[frame.dim] = frame.name
     return Site(message["name"], shape, unconstrained, fn.event_dim, support, tuple(plates), deterministic)
 
