@@ -1,4 +1,4 @@
-"""What every test starts from: an empty parameter store, a seed, one thread; and where the references are."""
+"""What all tests share: the same start for each of them, and the folder of reference posteriors."""
 
 from __future__ import annotations
 
@@ -11,21 +11,18 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def clean_state():
-    """Nothing one test leaves behind reaches another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def same_start() -> None:
+    """Empty parameter store, seed 0, one thread."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def references() -> Path:
-    """The folder of reference posteriors, from $FLOWVI_REFERENCES or beside the repository."""
-    default = Path(__file__).parents[2] / "shared" / "references"
-    folder = Path(os.environ.get("FLOWVI_REFERENCES", default))
+    """The folder of reference posteriors: FLOWVI_REFERENCES, or shared/references beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "references"
+    folder = Path(os.environ.get("FLOWVI_REFERENCES", beside))
     if not folder.is_dir():
-        pytest.skip(f"no reference posteriors at {folder}: set FLOWVI_REFERENCES to their folder")
+        pytest.skip("no reference posteriors: set FLOWVI_REFERENCES to their folder")
     return folder

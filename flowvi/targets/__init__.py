@@ -42,8 +42,10 @@ def as_density(
     """
     if isinstance(target, LogDensity):
         return target
-    if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
+    if isinstance(args, str | bytes) or not isinstance(args, Sequence):
         raise OptionError(f"args must be a tuple of the model's arguments, such as args=(x, y), not {type(args)}.")
+    if not isinstance(kwargs, Mapping | None):
+        raise OptionError(f"kwargs must be a dict of the model's keyword arguments, not {type(kwargs)}.")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in (torch.float32, torch.float64)):
         raise OptionError(f"dtype must be torch.float32 or torch.float64, not {dtype}.")
     dtype = dtype or default_dtype(args, kwargs)
@@ -51,6 +53,8 @@ def as_density(
     if isinstance(target, Energy):
         if dim is not None and dim != target.dim:
             raise OptionError(f"the energy has dim {target.dim}, but dim={dim} was given: leave it out.")
+        if args or kwargs:
+            raise OptionError("args and kwargs belong to Pyro models: give the energy what it needs when it is made.")
         return PlainDensity.of_energy(target, dtype=dtype, device=where)
     if not callable(target):
         raise TargetError(

@@ -134,7 +134,7 @@ class ModelDensity(LogDensity):
                         f"none. For a plain log density z (S, D) -> (S,) give dim=D as well"
                     )
                 log_p = last.log_prob_sum() + reader.log_det
-                if math.isfinite(float(log_p)):
+                if math.isfinite(float(torch.as_tensor(log_p).detach())):
                     break
             else:
                 raise _non_finite(self.name, last)
@@ -231,14 +231,27 @@ class ModelDensity(LogDensity):
         indices = self._indices()
         with self._isolated():
             rows = [{k: v for k, v in self._outputs(row, *indices).items() if keys(k)} for row in z]
-        return {k: torch.stack([r[k] for r in rows]) for k in rows[0]} if rows else {}
+        return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+
+    def _eager_log_p(self, z: Tensor, indices: list[Tensor]) -> Tensor:
+        """Log p of one particle z (D,); NaN, as in a graph, where a factorization fails."""
+        try:
+            return self._outputs(z, *indices)["log_p"]
+        except torch.linalg.LinAlgError:
+            return z.sum() * math.nan
 
     def _log_prob(self, z: Tensor) -> Tensor:
+        if not len(z):
+            return z.sum(1)
         if self._graph is not None:
             return self._graph(z, *self._indices())[0]
-        return self._each(z, lambda k: k == "log_p")["log_p"] if len(z) else z.new_zeros(0)
+        indices = self._indices()
+        with self._isolated():
+            return torch.stack([self._eager_log_p(row, indices) for row in z])
 
     def _value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not len(z):
+            return z.sum(1), z
         if self._graph is not None:
             return self._graph.value_and_grad(z, *self._indices())
         with torch.enable_grad():
@@ -254,6 +267,8 @@ class ModelDensity(LogDensity):
         return self.full._log_likelihood(z) if self.subsampled else self._named("likelihood ", z)
 
     def _named(self, prefix: str, z: Tensor) -> dict[str, Tensor]:
+        if not len(z):
+            return {k: v[:0] for k, v in self._named(prefix, self._start[None]).items()}
         if self._recording is None:
             found = self._each(z, lambda k: k.startswith(prefix))
         else:
@@ -295,6 +310,8 @@ class ModelDensity(LogDensity):
         return torch.zeros(self.dim, dtype=self.dtype, device=self.device)
 
     def _unconstrain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not len(x):
+            return x.new_zeros(0, self.dim), x.new_zeros(0)
         indices = self._indices()
         if self._graph is not None and self._inverse is not None:
             names, graph = self._inverse
@@ -302,9 +319,7 @@ class ModelDensity(LogDensity):
         else:
             with self._isolated():
                 rows = [self._unconstrained_outputs(row, *indices) for row in x]
-            found = {k: torch.stack([r[k] for r in rows]) for k in rows[0]} if rows else {}
-        if not found:
-            return x.new_zeros(0, self.dim), x.new_zeros(0)
+            found = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
         inside = torch.stack([found[f"inside {s.name}"] for s in self.sites]).all(0)
         return found["z"], torch.where(inside, found["log_det"], math.nan)
     @property
