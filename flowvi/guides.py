@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -108,6 +110,24 @@ class AutoFlow(AutoContinuous):
         return guide
 
     _prebuilt: list[TorchTransform] | None = None
+
+    # Pyro's autoguides drop their model when copied (and from the original too); these keep it.
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["master"] = None
+        try:
+            pickle.dumps(state["_model"])
+        except (pickle.PicklingError, AttributeError, TypeError):
+            state["_model"] = None  # a model that can't be pickled, such as a lambda: the fitted guide still can
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_model", "master")}
+        twin.__dict__.update(copy.deepcopy(state, memo), _model=self._model, master=None)
+        return twin
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:

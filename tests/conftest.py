@@ -1,4 +1,4 @@
-"""What all tests share: the same start for each of them, and the folder of reference posteriors."""
+"""What every test starts from: an empty parameter store, a seed, one thread; and where the references are."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def same_start() -> None:
-    """Empty parameter store, seed 0, one thread."""
+def clean_state():
+    """Nothing one test leaves behind reaches another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def references() -> Path:
-    """The folder of reference posteriors: FLOWVI_REFERENCES, or shared/references beside the repository."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "references"
-    folder = Path(os.environ.get("FLOWVI_REFERENCES", beside))
+    """The folder of reference posteriors, from $FLOWVI_REFERENCES or beside the repository."""
+    default = Path(__file__).parents[2] / "shared" / "references"
+    folder = Path(os.environ.get("FLOWVI_REFERENCES", default))
     if not folder.is_dir():
-        pytest.skip("no reference posteriors: set FLOWVI_REFERENCES to their folder")
+        pytest.skip(f"no reference posteriors at {folder}: set FLOWVI_REFERENCES to their folder")
     return folder

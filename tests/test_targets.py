@@ -21,7 +21,7 @@ F64 = torch.float64
 
 
 def pyro_log_joint(model, args, density, z):
-    """log p(x(z)) + log|dx/dz| by Pyro's own handlers, one particle at a time."""
+    """The log joint, log p(x(z)) + log|dx/dz|, by Pyro's own handlers, one particle at a time."""
     values = density.constrain(z)
     out = []
     for i in range(len(z)):

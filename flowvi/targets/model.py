@@ -237,7 +237,7 @@ class ModelDensity(LogDensity):
         """Log p of one particle z (D,); NaN, as in a graph, where a factorization fails."""
         try:
             return self._outputs(z, *indices)["log_p"]
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return z.sum() * math.nan
 
     def _log_prob(self, z: Tensor) -> Tensor:
@@ -322,6 +322,7 @@ class ModelDensity(LogDensity):
             found = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
         inside = torch.stack([found[f"inside {s.name}"] for s in self.sites]).all(0)
         return found["z"], torch.where(inside, found["log_det"], math.nan)
+
     @property
     def observed(self) -> dict[str, Tensor]:
         """The observed values by site; all of the data where a plate subsamples."""
