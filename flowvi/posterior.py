@@ -27,7 +27,7 @@ from flowvi.diagnostics import Diagnostics, judge, psis
 from flowvi.errors import DimensionError, FileFormatError, NonFiniteError, OptionError, TargetError
 
 if TYPE_CHECKING:
-    from flowvi.flow import Flow
+    from flowvi.flow import Flow, FlowSpec
     from flowvi.targets import LogDensity
 
 __all__ = ["History", "Posterior", "load"]
@@ -41,11 +41,11 @@ _POOL = 10_000  # at least so many draws to resample from
 
 @dataclass(frozen=True)
 class History:
-    """The trace of a fit, one row for every recorded step.
+    """The trace of a fit, one entry for every recorded step.
 
     Attributes:
         step: Step numbers (T,).
-        elbo: The smoothed training ELBO at these steps (T,), in nats.
+        elbo: The ELBO estimate from each step's particles, at beta = 1 (T,), in nats; NaN where none was finite.
         beta: The annealing temperature at these steps (T,); 1 is the target itself.
         skipped_steps: Steps that were not taken because the loss or a gradient was not finite.
         nonfinite_particles: Particles that were left out because their log density was not finite.
@@ -151,7 +151,7 @@ class Posterior:
     def log_prob(self, values: Mapping[str, Any] | Any) -> Tensor:
         """The density log q(x) = log q(z(x)) + log |det dz/dx|, exact for any x.
 
-        A point outside of a site's support has log q = -inf.
+        A point outside of a site's support, or on the edge of it, has log q = -inf; NaN gives NaN.
 
         Args:
             values: Latent site name -> value of shape (*batch, *shape), with the same batch for all, such as
@@ -277,13 +277,10 @@ class Posterior:
             path: The file; an older one is replaced, and only when the new one is complete.
 
         Raises:
-            OptionError: The flow was composed by hand, so that a file can't describe it.
+            OptionError: The flow can't be built again from its name: it was composed by hand, or its factory isn't
+                registered.
         """
-        if self.flow.spec is None:
-            raise OptionError(
-                "a flow composed by hand can't be described in a file: register its transform with "
-                "flowvi.transforms.register and build it by Flow.from_spec, or save flow.state_dict() yourself."
-            )
+        _check_rebuild(self.flow)
         try:
             arguments, stored = _plain({"args": self.density.args, "kwargs": self.density.kwargs}), True
         except TypeError:
@@ -292,7 +289,7 @@ class Posterior:
         content = {
             "flowvi": __version__,
             "target": self.density.name,
-            "spec": self.flow.spec.to_dict(),
+            "spec": self.flow.spec.to_dict() if self.flow.spec else None,
             "state": dict(self.flow.state_dict()),
             "flow_dtype": str(self.flow.dtype),
             "dtype": str(self.density.dtype),
@@ -359,6 +356,8 @@ class Posterior:
             words.append(f"{config['num_steps']} steps" + (f" of {particles} particles" if particles else ""))
         if "anneal" in config:
             words.append("annealed" if config["anneal"] else "not annealed")
+        if config.get("stopped", "finished") != "finished":
+            words.append(f"stopped early ({config['stopped']})")
         if self.history.skipped_steps:
             words.append(f"{self.history.skipped_steps} steps skipped as not finite")
         if self.timing:
@@ -385,7 +384,7 @@ class Posterior:
         zs, ps, qs = [], [], []
         for z, log_q in self._draw(num, generator):
             with torch.no_grad():
-                ps.append(self.density(z).double())
+                ps.append(self.density.full(z).double())
             zs.append(z)
             qs.append(log_q.double())
         return torch.cat(zs), torch.cat(ps), torch.cat(qs)
@@ -451,14 +450,9 @@ class Posterior:
     def _log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """The density log q of one chunk of values (S, *shape)."""
         z, log_jacobian = self.density.unconstrain(values)
-        ok = z.isfinite().all(-1) & log_jacobian.isfinite()
+        ok = z.isfinite().all(-1) & log_jacobian.isfinite()  # not so outside of the support
         safe = torch.where(ok[:, None], z, 0.0)
         log_q = self.flow.log_prob(safe.to(self.flow.dtype)).to(self.density.dtype) + log_jacobian
-        # maps to the unconstrained space clamp: a point that doesn't come back was outside of the support
-        with torch.no_grad():
-            back = self.density.constrain(safe)
-            for name, value in values.items():
-                ok = ok & _close(back[name], value).reshape(len(value), -1).all(-1)
         nan = torch.stack([v.isnan().reshape(len(v), -1).any(-1) for v in values.values()]).any(0)
         log_q = torch.where(ok, log_q, -math.inf)
         return torch.where(nan, math.nan, log_q)
@@ -509,15 +503,17 @@ def load(
         kwargs: The model's keyword arguments; None takes those of the file.
 
     Returns:
-        The posterior, on the CPU: the same log q and the same draws by seed.
+        The posterior, on the CPU unless the target is a `LogDensity` elsewhere: the same log q and the same
+        draws by seed.
 
     Raises:
         FileFormatError: The file isn't a posterior of flowvi, is damaged, or was written by a newer version.
         OptionError: The target is missing, or its arguments are neither given nor in the file.
         TargetError: The target has other sites than the one that was fitted.
         UnknownFlowError: The flow is one that was registered when the file was written, and isn't now.
+        OptionError: The same for a flow that is registered as something else now.
     """
-    from flowvi.flow import Flow, FlowSpec
+    from flowvi.flow import FlowSpec
     from flowvi.targets import as_density
 
     content = _read(Path(path))
@@ -544,11 +540,7 @@ def load(
         device=torch.device("cpu"),
     )
     _compare_sites(content["sites"], _site_table(density), content["target"])
-    flow = Flow.from_spec(spec, dtype=_DTYPES[content["flow_dtype"]], device=torch.device("cpu"))
-    try:
-        flow.load_state_dict(content["state"])
-    except Exception as error:
-        raise FileFormatError(f"{path}: the flow's parameters don't fit its description: {error}") from error
+    flow = _rebuild(spec, content["state"], _DTYPES[content["flow_dtype"]], density.device)
     return Posterior(
         flow,
         density,
@@ -559,9 +551,46 @@ def load(
     )
 
 
+def _rebuild(spec: FlowSpec, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Flow:
+    """A flow from its description and its parameters."""
+    from flowvi.flow import Flow
+
+    with torch.random.fork_rng(devices=[]):  # its start is random, and overwritten
+        flow = Flow.from_spec(spec, dtype=dtype, device=device)
+    try:
+        flow.load_state_dict(state)
+    except RuntimeError as error:
+        raise OptionError(
+            f"the flow that is registered as {spec.name!r} has other parameters than the fitted one: register the "
+            f"same factory, flowvi.transforms.register({spec.name!r}, factory, overwrite=True). ({error})"
+        ) from error
+    return flow
+
+
+def _check_rebuild(flow: Flow) -> None:
+    """Raises, while the flow is still at hand, where a file wouldn't give it back."""
+    remedy = "register its factory, flowvi.transforms.register(name, factory), here and before loading"
+    if flow.spec is None:
+        raise OptionError(
+            f"a flow composed by hand can't be described in a file: {remedy}, and build it by Flow.from_spec; or "
+            "save flow.state_dict() yourself."
+        )
+    twin = _rebuild(flow.spec, flow.state_dict(), flow.dtype, flow.device)
+    with torch.no_grad():
+        ours, theirs = (
+            f.rsample_and_log_prob(2, generator=torch.Generator(flow.device).manual_seed(0))[1] for f in (flow, twin)
+        )
+    if not torch.equal(ours, theirs) and not ours.isnan().any():
+        raise OptionError(f"the flow that is registered as {flow.spec.name!r} isn't the fitted one: {remedy}.")
+
+
 # the file: torch.save of plain data with a digest, because torch.load doesn't notice damaged numbers
 
 _FORMAT, _VERSION = "flowvi.posterior", 1
+_KEYS = set(
+    "flowvi target spec state flow_dtype dtype sites is_model arguments arguments_stored config timing history "
+    "seed".split()
+)
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
 
@@ -604,6 +633,8 @@ def _read(path: Path) -> dict[str, Any]:
         )
     if version != _VERSION or content.pop("digest", None) != _digest(content):
         raise FileFormatError(f"{path} is damaged (wrong checksum): copy it again, or fit and save anew.")
+    if not _KEYS <= content.keys():
+        raise FileFormatError(f"{path} lacks {', '.join(sorted(_KEYS - content.keys()))}: fit and save anew.")
     return content
 
 
@@ -721,12 +752,6 @@ def _generator(seed: int | None, purpose: str, device: torch.device | str) -> to
 def _check_count(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-
-
-def _close(back: Tensor, value: Tensor) -> Tensor:
-    """Elementwise: whether a value came back from the unconstrained space up to rounding."""
-    tolerance = torch.finfo(value.dtype).eps ** 0.5
-    return (back - value).abs() <= tolerance * (1 + value.abs())
 
 
 def _numbers(values: Sequence[float]) -> list[str]:

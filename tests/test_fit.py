@@ -291,3 +291,23 @@ def test_schedule_warms_up_and_ends_at_zero():
 def test_bad_input_is_named_before_any_work(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_subsampled_model_is_fitted_without_bias_and_judged_on_all_its_data():
+    torch.manual_seed(0)
+    y = 1 + torch.randn(40, dtype=torch.float64)
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(y), subsample_size=20) as index:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+    posterior = flowvi.fit(model, (y,), num_flows=2, num_steps=600, **QUIET)
+    precision = 40 + 1 / 9
+    mean, sd = y.sum().item() / precision, precision**-0.5
+    assert posterior.mean()["mu"].item() == pytest.approx(mean, abs=0.2 * sd)
+    assert posterior.std()["mu"].item() == pytest.approx(sd, rel=0.25)
+    evidence = torch.distributions.MultivariateNormal(
+        torch.zeros(40).double(), 9 * torch.ones(40, 40) + torch.eye(40)
+    ).log_prob(y)
+    assert posterior.diagnose().log_evidence == pytest.approx(evidence.item(), abs=0.05)

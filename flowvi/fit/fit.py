@@ -273,7 +273,7 @@ def _start(
 def _fresh_elbo(flow: Flow, density: LogDensity, generator: torch.Generator, num_samples: int = 4096) -> float:
     """The ELBO on draws that no step saw; -inf where it is not finite, so that such an attempt never wins."""
     z, log_q = flow.rsample_and_log_prob(num_samples, generator=generator)
-    elbo = float((density(z) - log_q).mean())
+    elbo = float((density.full(z) - log_q).mean())
     return elbo if math.isfinite(elbo) else -math.inf
 
 

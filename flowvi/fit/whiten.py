@@ -35,16 +35,12 @@ class Gaussian:
         loc: mu, (D,).
         scale_tril: L, (D, D) lower triangular, or (D,) where it is diagonal.
         elbo: its ELBO, over the last iterations.
-        start_elbos: every start's ELBO, (R,).
-        start_locs: where every start ended, (R, D).
         agree: whether the starts within 3 nats of the best ended in one place.
     """
 
     loc: Tensor
     scale_tril: Tensor
     elbo: float
-    start_elbos: Tensor
-    start_locs: Tensor
     agree: bool
 
 
@@ -82,14 +78,13 @@ def whiten(
     tril = 0.1 * eye.to(loc).expand(num_starts, *eye.shape).clone()
     bar = tqdm(total=2 * num_steps, desc="whiten", disable=None if progress is None else not progress)
     with bar:
-        loc, tril, elbos, _ = _ascend(target, loc, tril, num_steps, num_particles, generator, bar)
+        loc, tril, elbos = _ascend(target, loc, tril, num_steps, num_particles, generator, bar)
         best = int(torch.nan_to_num(elbos, nan=-torch.inf).argmax())
         agree = _agree(loc, tril, elbos, best)
-        start_elbos, start_locs = elbos, loc
-        loc, tril, elbos, _ = _ascend(
+        loc, tril, elbos = _ascend(
             target, loc[best : best + 1], tril[best : best + 1], num_steps, 2 * num_particles, generator, bar
         )
-    return Gaussian(loc[0], tril[0], float(elbos[0]), start_elbos, start_locs, agree)
+    return Gaussian(loc[0], tril[0], float(elbos[0]), agree)
 
 
 def _starts(target: Target, dim: int, num: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -113,12 +108,14 @@ def _ascend(
     num_particles: int,
     generator: torch.Generator,
     bar: tqdm,
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`num_steps` natural-gradient steps of R Gaussians at once; averages over the last quarter."""
     num_starts, dim = loc.shape
     full = tril.dim() == 3
     half = (num_particles + 1) // 2
-    mean_loc, mean_tril, elbo, failed = torch.zeros_like(loc), torch.zeros_like(tril), torch.zeros_like(loc[:, 0]), 0
+    clip_scale = CLIP_SCALE * max(1.0, dim**0.5 / 4) if full else CLIP_SCALE  # a norm over D directions
+    mean_loc, mean_tril = torch.zeros_like(loc), torch.zeros_like(tril)
+    elbo, count = torch.zeros_like(loc[:, 0]), torch.zeros_like(loc[:, 0])
     tail = max(1, num_steps // 4)
     for step in range(num_steps):
         late = max(0.0, 2 * step / num_steps - 1)
@@ -129,7 +126,6 @@ def _ascend(
         log_p, grad = target.value_and_grad(z.reshape(-1, dim))
         log_p, grad = log_p.view(e.shape[:2]), grad.view(e.shape)
         fine = (torch.isfinite(log_p) & torch.isfinite(grad).all(-1)).all(-1)
-        failed += int((~fine).sum())
         # Only where every particle is finite is there a step; elsewhere the Gaussian shrinks towards its centre.
         grad = torch.where(fine.view(-1, 1, 1), grad, 0.0)
         pull = (grad @ tril if full else grad * tril.unsqueeze(1)) + e
@@ -144,7 +140,7 @@ def _ascend(
         else:
             bend = 0.5 * (centred * e).mean(1)
             length = (rho * bend).abs().amax(-1, keepdim=True)
-        bend = rho * bend * (CLIP_SCALE / length.clamp_min(1e-12)).clamp_max(1.0)
+        bend = rho * bend * (clip_scale / length.clamp_min(1e-12)).clamp_max(1.0)
         step_loc = (tril @ move.unsqueeze(-1)).squeeze(-1) if full else tril * move
         step_tril = tril @ bend if full else tril * bend
         loc = torch.where(fine.unsqueeze(-1), loc + step_loc, loc)
@@ -155,9 +151,10 @@ def _ascend(
             mean_tril += tril / tail
             diagonal = tril.diagonal(dim1=-2, dim2=-1) if full else tril
             entropy = diagonal.abs().log().sum(-1) + 0.5 * dim * (1 + math.log(2 * math.pi))
-            elbo += (log_p.mean(1) + entropy) / tail
+            elbo += torch.where(fine, log_p.mean(1) + entropy, 0.0)
+            count += fine
         bar.update(1)
-    return mean_loc, mean_tril, elbo, failed
+    return mean_loc, mean_tril, elbo / count  # NaN for a start that was never finite
 
 
 def _agree(loc: Tensor, tril: Tensor, elbos: Tensor, best: int) -> bool:
