@@ -26,7 +26,7 @@ from flowvi.transforms.registry import lookup
 __all__ = ["fit"]
 
 NUM_PARTICLES = 256
-NUM_STEPS = 8000
+NUM_STEPS, NUM_STEPS_WHITENED = 8000, 3000
 LR = 3e-2
 ANNEAL_FRACTION = 0.3
 AUTO_FLOW, AUTO_NUM_FLOWS = "planar", 32
@@ -73,7 +73,7 @@ def fit(
         dim: D of a callable.
         flow: a registered name, or factory(input_dim, **options) such as Pyro's; "auto" is planar.
         num_flows: K; 32 for planar and radial, 4 for others.
-        num_steps: steps of Adam; 8000.
+        num_steps: steps of Adam; 3000 after whitening, else 8000.
         num_particles: S, draws per step; 256.
         lr: the largest step size; 3e-2.
         anneal: True for beta from .01 to 1 over the first 30% of the steps, False for none, or a schedule
@@ -124,12 +124,13 @@ def fit(
     spec = FlowSpec(label, density.dim, num_flows, base or default_base(density.dim), options)
     factory = None if isinstance(name, str) else name
     is_energy = density.model is None and dim is None
+    whiten = not is_energy if whiten is None else whiten
     plan = Plan(
-        num_steps=num_steps or NUM_STEPS,
+        num_steps=num_steps or (NUM_STEPS_WHITENED if whiten else NUM_STEPS),
         num_particles=num_particles or NUM_PARTICLES,
         lr=lr or LR,
         anneal=anneal if anneal is not None or not is_energy else True,
-        whiten=not is_energy if whiten is None else whiten,
+        whiten=whiten,
         objective=objective,
         time_limit=None if time_limit is None else time_limit / (restarts or 1),
         progress=progress,
