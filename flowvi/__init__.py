@@ -7,7 +7,8 @@ from flowvi.fit import fit
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import AutoFlow, AutoPlanar, AutoRadial
 from flowvi.objectives import ELBO, AnnealedELBO, LinearAnneal, PathELBO
-from flowvi.posterior import History, Posterior, load
+from flowvi.posterior import History, Posterior
+from flowvi.storage import load
 from flowvi.targets import LogDensity, as_density
 
 __all__ = [

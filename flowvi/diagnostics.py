@@ -40,6 +40,7 @@ __all__ = [
 MIN_DRAWS = 100  # fewer leave PSIS without a tail to fit
 ESS_LIMIT = 0.2  # of the draws, as PSIS weights see them
 NONFINITE_LIMIT = 0.01  # of the draws
+_UNDERFLOW = -700.0  # log weights this far below the largest are zero
 _FLAT = 1e-3  # log weights closer than this are equal: float32 rounding of log q at D = 1000 stays below
 
 _Array = NDArray[np.float64]
@@ -148,7 +149,8 @@ def psis(log_weights: _Array, *, backend: str | None = None) -> tuple[_Array, fl
 
     Raises:
         DimensionError: Not one-dimensional, or fewer than 100 weights.
-        OptionError: The backend is neither of the two, or can't be imported.
+        OptionError: The backend is neither of the two, or can't be imported; or no weight is above zero, or one
+            is NaN.
     """
     log_w = np.array(log_weights, dtype=np.float64)
     if log_w.ndim != 1 or log_w.size < MIN_DRAWS:
@@ -156,15 +158,17 @@ def psis(log_weights: _Array, *, backend: str | None = None) -> tuple[_Array, fl
             f"log_weights must have shape (S,) with S >= {MIN_DRAWS}, got {log_w.shape}: draw more samples."
         )
     function = _find_psis(backend)
-    positive = log_w > -np.inf
+    top = log_w.max()
+    if not np.isfinite(top):
+        raise OptionError("log_weights must be finite or -inf, and not all of them -inf.")
+    # ArviZ takes exponentials: what is zero in them can't be a part of the tail, and -inf would become NaN
+    positive = log_w > top + _UNDERFLOW
     tail = int(np.ceil(min(0.2 * log_w.size, 3 * log_w.size**0.5))) + 1
     if positive.sum() <= tail:
         return _normalize(log_w), np.inf
-    top = np.partition(log_w, -tail)[-tail:]
-    if top.max() - top.min() < _FLAT:
+    if top - np.partition(log_w, -tail)[-tail] < _FLAT:
         return _normalize(log_w), 0.0
-    # ArviZ subtracts -inf from -inf on the way; a weight of exp(-1e4) relative to the largest is zero as well
-    smoothed, khat = function(np.where(positive, log_w, log_w.max() - 1e4))
+    smoothed, khat = function(np.where(positive, log_w, top + _UNDERFLOW))
     return np.where(positive, smoothed, -np.inf), float(khat)
 
 
@@ -270,12 +274,17 @@ def _verdict(d: Diagnostics, limit: float) -> tuple[bool, str]:
             f"The ELBO is {d.gap:.2g} ± {d.gap_se:.1g} nats below the log evidence (limit {limit:.2g}): "
             + ("the flow lacks part of the posterior's shape. " if known else "that is not settled. ")
             + ("Use more flows or fit longer" if known else "Diagnose with more draws")
-            + ("; until then resample() corrects the draws." if tail_ok and known else ".")
+            + ("; until then resample() corrects the draws." if tail_ok and known and d.ess >= MIN_DRAWS else ".")
         )
     if not d.ess_fraction >= ESS_LIMIT:
         bad.append(
             f"The draws are worth {d.ess:.0f} of {d.num_samples} (limit {ESS_LIMIT:.0%}): the flow and the "
             "posterior overlap too little. Use more flows or fit longer."
+        )
+    if len(bad) == 1 and not tail_ok:
+        bad.append(
+            f"The bulk agrees (gap {d.gap:.2g} nats, ESS {d.ess_fraction:.0%}): it is extreme quantiles and tail "
+            "probabilities that are in doubt."
         )
     if bad:
         return False, "Do not trust this yet. " + " ".join(bad)

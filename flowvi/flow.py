@@ -224,16 +224,28 @@ class Flow(TransformedDistribution):
             )
         return super().log_prob(value)
 
+    def _log_prob_by_inverses(self, value: Tensor) -> Tensor:
+        try:
+            return self.log_prob(value)
+        except (KeyError, NotImplementedError) as e:  # how Pyro's and torch's transforms say that they have none
+            names = ", ".join(type(t).__name__ for t in self.transforms if not getattr(t, "has_path_score", False))
+            raise OptionError(
+                f"{names} has no inverse, and so no path gradient: use the standard ELBO (flowvi.ELBO)."
+            ) from e
+
     def score(self, value: Tensor) -> Tensor:
         """D log q(value)/d value (..., D), without a graph.
 
         By the forward recurrence from the base point that gave `value` (remembered, if it was just sampled),
         or by autograd where a transform has no path score.
+
+        Raises:
+            OptionError: a transform has neither a path score nor an inverse.
         """
         if not self.has_path_score:
             with torch.enable_grad():
                 value = value.detach().requires_grad_()
-                return torch.autograd.grad(self.log_prob(value).sum(), value)[0]
+                return torch.autograd.grad(self._log_prob_by_inverses(value).sum(), value)[0]
         with torch.no_grad():
             x = value
             for t in reversed(self.transforms):

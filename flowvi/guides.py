@@ -254,7 +254,8 @@ class AutoFlow(AutoContinuous):
         num = QUANTILE_DRAWS if not self._varying else QUANTILE_DRAWS // 10
         z, _ = self.get_posterior().rsample_and_log_prob(num, generator=generator)
         if self._varying:
-            each = [self._constrain_by_model(row, args, kwargs) for row in z]
+            with torch.random.fork_rng(devices=[]):  # the model may draw something on the way
+                each = [self._constrain_by_model(row, args, kwargs) for row in z]
             draws = {name: torch.stack([e[name][0] for e in each]) for name in each[0]}
         else:
             draws = {}

@@ -62,6 +62,10 @@ def test_psis_of_degenerate_weights(backend):
     weights, khat = psis(few, backend=backend)
     assert khat == math.inf
     np.testing.assert_allclose(np.exp(weights[:3]), 1 / 3)
+    # so far apart that all but a few exponentials are zero, as for a fit that failed
+    weights, khat = psis(1e5 * draws(1000, 1)[:, 0], backend=backend)
+    assert khat == math.inf
+    assert np.exp(weights).sum() == pytest.approx(1.0)
 
 
 def test_psis_does_not_change_its_argument():
@@ -76,6 +80,9 @@ def test_bad_input_is_a_typed_error():
         psis(np.zeros(1000), backend="numpyro")
     with pytest.raises(DimensionError, match=r"S >= 100, got \(5,\): draw more"):
         psis(np.zeros(5))
+    for bad in (np.full(1000, -np.inf), np.full(1000, np.nan), np.full(1000, np.inf)):
+        with pytest.raises(OptionError, match="finite or -inf"):
+            psis(bad)
     with pytest.raises(DimensionError, match="log_p and log_q"):
         judge(np.zeros(200), np.zeros(300), dim=1)
 
@@ -151,6 +158,16 @@ def test_heavy_tails_have_a_large_khat():
     z = draws()
     assert judge(student(z).sum(-1), normal(z).sum(-1), dim=2).khat > 0.7
     assert judge(normal(z).sum(-1), student(z).sum(-1), dim=2).khat < 0.5
+
+
+def test_heavy_tails_of_a_good_bulk_say_so():
+    z = draws()
+    log_q = normal(z).sum(-1)
+    log_p = np.logaddexp(log_q, np.log(1e-4) + student(z / 3).sum(-1))  # a ten-thousandth of the mass in tails
+    d = judge(log_p, log_q, dim=2)
+    assert d.khat > 0.7
+    assert not d.trusted
+    assert "The bulk agrees" in d.verdict
 
 
 def test_a_missed_mode_shows_only_where_the_normalizer_is_known():

@@ -76,17 +76,33 @@ def shaken(make, model, *args):
         lambda: JitTrace_ELBO(4),
         lambda: flowvi.ELBO(4),
         lambda: flowvi.PathELBO(4),
+        lambda: flowvi.AnnealedELBO(2, anneal=flowvi.LinearAnneal(4, start=0.5)),
         lambda: flowvi.PathELBO(32, vectorize_particles=True, max_plate_nesting=1),
         lambda: Trace_ELBO(32, vectorize_particles=True, max_plate_nesting=1),
     ],
-    ids=["Trace", "TraceGraph", "TraceEnum", "JitTrace", "ELBO", "Path", "Path vectorized", "Trace vectorized"],
+    ids=[
+        "Trace",
+        "TraceGraph",
+        "TraceEnum",
+        "JitTrace",
+        "ELBO",
+        "Path",
+        "Annealed",
+        "Path vectorized",
+        "Trace vectorized",
+    ],
 )
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore:TraceEnum_ELBO found"
+)
 def test_svi_with_every_loss_improves(make, loss):
-    guide = make(schools, init_loc_fn=init_to_value(values={"mu": torch.tensor(20.0)}))
-    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.2}), loss=loss())
-    losses = [svi.step(*DATA) for _ in range(60)]
-    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 1
+    guide = make(schools, init_loc_fn=init_to_value(values={"mu": torch.tensor(40.0)}))
+    before = np.median([Trace_ELBO().loss(schools, guide, *DATA) for _ in range(8)])
+    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.05}), loss=loss())
+    losses = [svi.step(*DATA) for _ in range(15)]
+    assert np.isfinite(losses).all()
+    after = np.median([Trace_ELBO().loss(schools, guide, *DATA) for _ in range(8)])
+    assert after < before - 1
 
 
 def test_guide_starts_as_the_gaussian_it_is_told(make):
@@ -109,8 +125,8 @@ def test_quantiles_and_median(make):
     assert all((v.diff(dim=0) > 0).all() for v in found.values())
     for name, value in guide.median(*DATA).items():
         assert torch.equal(value, found[name][1])
-    draws = torch.stack([guide(*DATA)["mu"] for _ in range(600)]).detach()
-    assert ((draws < found["mu"][2]).float().mean() - 0.95).abs() < 0.04
+    draws = guide.get_posterior().sample((4000,))[:, 0]  # mu is real, and comes first
+    assert ((draws < found["mu"][2]).float().mean() - 0.95).abs() < 0.015
 
 
 def test_log_prob_is_that_of_the_draw_and_of_any_value(make):
@@ -118,16 +134,33 @@ def test_log_prob_is_that_of_the_draw_and_of_any_value(make):
     trace = poutine.trace(guide).get_trace(*DATA)
     values = {n: trace.nodes[n]["value"].detach().clone() for n in ("mu", "tau", "eta")}
     assert guide.log_prob(values, *DATA).item() == pytest.approx(trace.log_prob_sum().item(), abs=1e-3)
+    fresh = {"mu": torch.tensor(1.5), "tau": torch.tensor(0.7), "eta": torch.linspace(-1.0, 2.0, 8)}
+    z = torch.cat([fresh["mu"].reshape(1), fresh["tau"].log().reshape(1), fresh["eta"]])
+    expected = guide.get_posterior().log_prob(z) - fresh["tau"].log()  # du/dtau = 1 / tau
+    assert guide.log_prob(fresh, *DATA).item() == pytest.approx(expected.item(), rel=1e-4)
     with pytest.raises(errors.TargetError, match="'eta'"):
         guide.log_prob({"mu": values["mu"], "tau": values["tau"]}, *DATA)
 
 
 def test_log_prob_integrates_to_one_in_one_dimension(make):
     guide = shaken(make, one)
-    x = torch.linspace(1e-3, 30, 800)
+    x = torch.linspace(1e-3, 20, 300)
     with torch.no_grad():
         density = torch.stack([guide.log_prob({"x": v}).exp() for v in x])
     assert torch.trapezoid(density, x).item() == pytest.approx(1, abs=5e-3)
+
+
+def test_log_prob_and_quantiles_of_a_simplex():
+    def model():
+        with pyro.plate("rows", 2):
+            pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+
+    guide = shaken(GUIDES["planar"], model)
+    trace = poutine.trace(guide).get_trace()
+    values = {"p": trace.nodes["p"]["value"].detach().clone()}
+    assert guide.get_posterior().dim == 4
+    assert guide.log_prob(values).item() == pytest.approx(trace.log_prob_sum().item(), abs=1e-3)
+    assert guide.quantiles([0.1, 0.9])["p"].shape == (2, 2, 3)
 
 
 def test_copies_before_and_after_a_call(make):
@@ -153,6 +186,10 @@ def test_fresh_guide_takes_a_state_dict_after_one_call(make):
     fresh(*DATA)
     fresh.load_state_dict(guide.state_dict())
     assert torch.equal(fresh.median(*DATA)["eta"], guide.median(*DATA)["eta"])
+    pyro.set_rng_seed(4)
+    expected = guide(*DATA)
+    pyro.set_rng_seed(4)
+    assert all(torch.equal(value, expected[name]) for name, value in fresh(*DATA).items())
 
 
 def test_predictive(make):
@@ -160,6 +197,10 @@ def test_predictive(make):
     draws = Predictive(schools, guide=guide, num_samples=7, return_sites=("mu", "eta", "y"))(None, SIGMA)
     assert draws["eta"].shape == (7, 8)
     assert draws["y"].shape == (7, 8)
+    samples = Predictive(guide, num_samples=5)(*DATA)
+    samples = {name: samples[name].detach() for name in ("mu", "tau", "eta")}
+    again = Predictive(schools, posterior_samples=samples)(None, SIGMA)
+    assert again["y"].shape == (5, 8)
 
 
 def test_guide_list_and_neutra(make):
@@ -167,12 +208,13 @@ def test_guide_list_and_neutra(make):
     parts.append(make(poutine.block(schools, expose=["mu", "tau"])))
     parts.append(AutoNormal(poutine.block(schools, hide=["mu", "tau"])))
     assert math.isfinite(SVI(schools, parts, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO()).step(*DATA))
+    assert copy.deepcopy(parts)(*DATA).keys() == {"mu", "tau", "eta"}
     guide = shaken(make, schools, *DATA)
     neutra = NeuTraReparam(guide)
     mcmc = MCMC(
         NUTS(poutine.reparam(schools, config=lambda _: neutra)),
         num_samples=5,
-        warmup_steps=5,
+        warmup_steps=2,
         disable_progbar=True,
     )
     mcmc.run(*DATA)
@@ -184,9 +226,9 @@ def test_guide_list_and_neutra(make):
 def test_one_dimension_is_fitted(make):
     guide = make(one)
     svi = SVI(
-        one, guide, pyro.optim.Adam({"lr": 0.03}), flowvi.PathELBO(64, vectorize_particles=True, max_plate_nesting=0)
+        one, guide, pyro.optim.Adam({"lr": 0.05}), flowvi.PathELBO(64, vectorize_particles=True, max_plate_nesting=0)
     )
-    for _ in range(400):
+    for _ in range(150):
         svi.step()
     x = torch.linspace(1e-3, 12, 4000)
     p = (dist.Gamma(3.0, 2.0).log_prob(x) + dist.Normal(x, 1.0).log_prob(torch.tensor(1.0))).exp()
@@ -197,17 +239,34 @@ def test_one_dimension_is_fitted(make):
 
 def test_a_support_that_depends_on_a_latent(make):
     guide = shaken(make, dependent)
-    for _ in range(50):
+    for _ in range(20):
         draw = guide()
         assert 0 < draw["b"] < draw["a"]
     trace = poutine.trace(guide).get_trace()
     values = {n: trace.nodes[n]["value"].detach().clone() for n in ("a", "b")}
     assert guide.log_prob(values).item() == pytest.approx(trace.log_prob_sum().item(), abs=1e-3)
+    state = torch.get_rng_state()
     assert guide.median().keys() == {"a", "b"}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_support_that_depends_on_a_latent_is_fitted():
+    guide = flowvi.AutoPlanar(dependent, 4)
     loss = flowvi.PathELBO(32, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(dependent, guide, pyro.optim.Adam({"lr": 0.03}), loss=loss)
-    losses = [svi.step() for _ in range(200)]
-    assert np.mean(losses[-20:]) < np.mean(losses[:20])
+    svi = SVI(dependent, guide, pyro.optim.Adam({"lr": 0.05}), loss=loss)
+    for _ in range(180):
+        svi.step()
+    # The posterior on a grid of log a ~ N(0, 1) and b / a ~ U(0, 1).
+    log_a, share = torch.linspace(-4, 5, 1500).unsqueeze(1), (torch.arange(400) + 0.5) / 400
+    likelihood = dist.Normal(share * log_a.exp(), 0.1).log_prob(torch.tensor(0.5))
+    weight = (dist.Normal(0.0, 1.0).log_prob(log_a) + likelihood).exp()
+    weight = weight / weight.sum()
+    cumulative = weight.sum(1).cumsum(0)
+    expected = log_a[(cumulative - 0.5).abs().argmin(), 0]
+    found = guide.median()
+    assert found["a"].log().item() == pytest.approx(expected.item(), abs=0.1)
+    mean_b = (weight * share * log_a.exp()).sum().item()
+    assert found["b"].item() == pytest.approx(mean_b, abs=0.04)
 
 
 def test_our_layers_inside_pyros_own_guide():
@@ -223,19 +282,86 @@ def test_pyros_layers_inside_our_guide():
         assert all(math.isfinite(svi.step(*DATA)) for _ in range(5))
 
 
+def test_a_flow_without_inverse_is_named():
+    guide = flowvi.AutoFlow(schools, flow=dist.transforms.planar, num_flows=2)
+    assert math.isfinite(SVI(schools, guide, pyro.optim.Adam({}), loss=Trace_ELBO()).step(*DATA))
+    with pytest.raises(errors.OptionError, match=r"Planar has no inverse.*flowvi.ELBO"):
+        SVI(schools, guide, pyro.optim.Adam({}), loss=flowvi.PathELBO()).step(*DATA)
+
+
+def naive(model, **options):
+    return AutoNormalizingFlow(model, partial(dist.transforms.iterated, 2, dist.transforms.planar), **options)
+
+
+def ours(model, **options):
+    return flowvi.AutoPlanar(model, 2, **options)
+
+
+def starts_where_told(make):
+    guide = make(schools, init_loc_fn=init_to_value(values={"mu": torch.tensor(20.0)}))
+    assert abs(guide(*DATA)["mu"].item() - 20) < 5
+
+
+def is_copied_after_a_call(make):
+    guide = make(schools)
+    SVI(schools, guide, pyro.optim.Adam({}), loss=Trace_ELBO()).step(*DATA)
+    copy.deepcopy(guide)(*DATA)
+
+
+def scores_a_fresh_value(make):
+    guide = make(schools)
+    guide(*DATA)
+    assert torch.isfinite(guide.get_posterior().log_prob(torch.zeros(10)))
+
+
+def refuses_a_subsampled_plate(make):
+    with pytest.raises(errors.SubsampledLatentError):
+        make(local_latents)()
+
+
+def has_a_median(make):
+    guide = make(schools)
+    guide(*DATA)
+    assert guide.median(*DATA)["eta"].shape == (8,)
+
+
+def runs_jitted(make):
+    guide = make(schools)
+    svi = SVI(schools, guide, pyro.optim.Adam({}), loss=JitTrace_ELBO())
+    assert math.isfinite(svi.step(*DATA))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "check",
+    [
+        starts_where_told,
+        is_copied_after_a_call,
+        scores_a_fresh_value,
+        refuses_a_subsampled_plate,
+        has_a_median,
+        runs_jitted,
+    ],
+)
+def test_traps_of_a_naive_guide(check):
+    check(ours)
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        check(naive)
+
+
 def test_eight_schools_in_a_pyro_users_three_lines(references):
     data = np.load(references / "eight_schools_noncentered" / "data.npz")
     draws = np.load(references / "eight_schools_noncentered" / "draws.npz")
     args = tuple(torch.as_tensor(data[k], dtype=torch.float32) for k in ("y", "sigma"))
     guide = flowvi.AutoPlanar(schools)
-    loss = flowvi.PathELBO(64, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.02}), loss=loss)
-    for _ in range(800):
+    loss = flowvi.PathELBO(32, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.03}), loss=loss)
+    for _ in range(300):
         svi.step(*args)
     found = guide.quantiles([0.5], *args)
     for name in ("mu", "tau"):
         error = (found[name].item() - np.median(draws[name])) / draws[name].std()
-        assert abs(error) < 0.15, name
+        assert abs(error) < 0.2, name
 
 
 def local_latents():

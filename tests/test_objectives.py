@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pyro
@@ -109,6 +110,95 @@ def test_linear_anneal_is_equation_20():
         flowvi.LinearAnneal(10, start=0.0)
 
 
+def test_path_gradient_of_an_affine_flow_is_zero_on_its_own_gaussian():
+    flow = flowvi.Flow.from_spec(flowvi.FlowSpec("planar", 2, 0, "full"), dtype=F64)
+    flow.transforms[-1].set_(torch.ones(2, dtype=F64), torch.linalg.cholesky(Target.covariance))
+    for seed in range(5):
+        assert gradient(flowvi.PathELBO(1), flow, Target(), seed).abs().max() < 1e-10
+        assert gradient(flowvi.ELBO(1), flow, Target(), seed).abs().max() > 1e-3
+
+
+class FlowGuide(pyro.nn.PyroModule):
+    """A hand-written guide with one site, drawn from a flow."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+        self.layers = flow.module
+
+    def forward(self):
+        _ = self.layers  # by reading it, Pyro learns of its parameters
+        return pyro.sample("z", self.flow)
+
+
+def gaussian():
+    pyro.sample("z", dist.MultivariateNormal(torch.ones(2, dtype=F64), Target.covariance))
+
+
+def pyro_gradient(loss, model, flow, seed):
+    for p in flow.parameters():
+        p.grad = None
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    loss.loss_and_grads(model, FlowGuide(flow))
+    return torch.cat([p.grad.reshape(-1) for p in flow.parameters()])
+
+
+@pytest.mark.parametrize("objective", [flowvi.ELBO, flowvi.PathELBO])
+def test_engine_agrees_with_pyros_trace_elbo(objective):
+    flow = random_flow()
+    options = {"vectorize_particles": True, "max_plate_nesting": 0}
+    found = torch.stack([gradient(objective(500), flow, Target(), s) for s in range(60)])
+    expected = torch.stack([pyro_gradient(Trace_ELBO(500, **options), gaussian, flow, s) for s in range(60)])
+    error = ((found.var(0) + expected.var(0)) / 60).sqrt()
+    live = error > 0
+    assert ((found - expected).mean(0)[live].abs() < 4.5 * error[live]).all()
+    assert (expected.mean(0)[live].abs() > 4.5 * error[live]).any()
+
+
+@pytest.mark.parametrize("objective", [flowvi.ELBO, flowvi.PathELBO])
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_engine_and_pyro_forms_are_the_same_at_the_same_particles(objective, beta):
+    flow = random_flow()
+    loss = objective(7, vectorize_particles=True, max_plate_nesting=0, anneal=lambda step: beta)
+    found = pyro_gradient(loss, gaussian, flow, 5)
+    for p in flow.parameters():
+        p.grad = None
+    pyro.set_rng_seed(5)
+    objective(7).backward(flow, Target(), beta=beta)
+    expected = torch.cat([p.grad.reshape(-1) for p in flow.parameters()])
+    assert torch.allclose(found, expected, atol=1e-10)
+
+
+def test_pyro_path_gradient_is_zero_where_q_is_p():
+    flow, frozen = random_flow(), random_flow()
+
+    def same():
+        pyro.sample("z", frozen)
+
+    for seed in range(3):
+        assert pyro_gradient(flowvi.PathELBO(), same, flow, seed).abs().max() < 1e-9
+        assert pyro_gradient(flowvi.ELBO(), same, flow, seed).abs().max() > 1e-3
+
+
+class LogNormalGuide(pyro.nn.PyroModule):
+    """A guide that is not a flow, equal to its model."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.tensor(0.3, dtype=F64))
+        self.scale = torch.nn.Parameter(torch.tensor(0.7, dtype=F64))
+
+    def forward(self):
+        return pyro.sample("s", dist.LogNormal(self.loc, self.scale))
+
+
+def test_pyro_path_gradient_of_any_guide_is_zero_where_q_is_p():
+    guide, frozen = LogNormalGuide(), LogNormalGuide().requires_grad_(False)
+    flowvi.PathELBO(5).loss_and_grads(frozen, guide)
+    assert max(guide.loc.grad.abs(), guide.scale.grad.abs()) < 1e-10
+
+
 # As Pyro losses.
 
 Y = torch.tensor([0.5, 1.5, 1.0])
@@ -191,6 +281,17 @@ def test_a_flow_without_path_score_is_named():
         flow.rsample_with_score(3)
 
 
+@pytest.mark.parametrize("loss", [flowvi.ELBO(3), flowvi.PathELBO(3), flowvi.AnnealedELBO(3)])
+def test_objectives_are_copied(loss):
+    loss._step = 5
+    twin = copy.deepcopy(loss)
+    assert repr(twin) == repr(loss)
+    assert twin.beta(twin._step) == loss.beta(loss._step)
+    flow = random_flow()
+    assert torch.equal(gradient(twin, flow, Target(), 1), gradient(loss, flow, Target(), 1))
+
+
 def test_objectives_print_themselves():
+    assert repr(flowvi.ELBO()) == "ELBO(num_particles=1)"
     assert repr(flowvi.PathELBO(8)) == "PathELBO(num_particles=8)"
     assert "LinearAnneal(num_steps=10000, start=0.01)" in repr(flowvi.AnnealedELBO())
