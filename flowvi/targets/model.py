@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from flowvi.errors import (
-    HeldFixedWarning,
-    NoLatentError,
-    NonFiniteError,
-    SlowPathWarning,
-    TargetError,
-    TraceError,
-)
+from flowvi.errors import FlowVIError, HeldFixedWarning, NonFiniteError, SlowPathWarning, TargetError, TraceError
 from flowvi.targets.batch import BatchedGraph
 from flowvi.targets.density import LogDensity
-from flowvi.targets.isolation import HeldParameters, all_data, dtype_and_device, no_validation, private_rng
-from flowvi.targets.sites import FromConstrained, FromRandom, FromUnconstrained, Layout, Reader, site_of
-from flowvi.targets.trace import Recording, trace
+from flowvi.targets.first_run import Structure, find_structure
+from flowvi.targets.recording import Recording
+from flowvi.targets.runner import Runner
+from flowvi.targets.sites import FromConstrained, FromUnconstrained, Layout
+from flowvi.targets.trace import trace
 
-__all__ = ["ModelDensity"]
-
-_TRIES = 20
-_CHECKS = 3
+__all__ = ["ModelDensity", "default_dtype"]
 
 
 class ModelDensity(LogDensity):
     """log p(x(z)) + log|dx/dz| of a Pyro model over its unconstrained latents.
+
+    The model is run eagerly first, which finds its sites and its mistakes, then traced at one point. The graph
+    is used if it gives the model's own values and gradients at three points; else the model itself is run, once
+    for each particle, with one `SlowPathWarning`. A model that draws random numbers by itself has no log density
+    that could be evaluated, and is refused.
 
     Args:
         model: the Pyro model.
@@ -48,8 +43,9 @@ class ModelDensity(LogDensity):
     Raises:
         NoLatentError: the model has no latent site.
         DiscreteLatentError, SubsampledLatentError: a latent can't be represented.
-        NonFiniteError: log p is finite at none of 20 points.
-        TargetError: the model draws random numbers outside of its sample sites.
+        NonFiniteError: log p, or its gradient, is finite at none of the points tried.
+        TargetError: the model can't be called, fails, has no gradient, or draws random numbers outside of its
+            sample sites.
     """
 
     def __init__(
@@ -62,160 +58,72 @@ class ModelDensity(LogDensity):
         device: torch.device,
         whole: bool = False,
     ) -> None:
-        self.name = getattr(model, "__name__", type(model).__name__)
-        self.model, self.dtype, self.device = model, dtype, device
-        self.args = tuple(_cast(a, dtype, device) for a in args)
-        self.kwargs = {k: _cast(v, dtype, device) for k, v in kwargs.items()}
+        self._runner = Runner(model, args, kwargs, dtype=dtype, device=device, whole=whole)
+        self.name, self.model, self.dtype, self.device = self._runner.name, model, dtype, device
+        self.args, self.kwargs = self._runner.args, self._runner.kwargs
         self.generator = torch.Generator().manual_seed(0)
-        self._whole = whole
-        self._held = HeldParameters()
-        z = self._first_run()
-        recording = self._record(z)
-        self.path = "eager" if recording is None else "graph"
-        self._recording = recording
-        self._graph = None if recording is None else BatchedGraph(recording.module("log_p"), len(self._subsampled))
+        found = find_structure(self._runner)
+        self.sites, self.deterministic, self.observed_sites = found.sites, found.deterministic, found.observed_sites
+        self._layout = Layout(self.sites)
+        self._start, self._data, self._masked = found.z, found.observed, found.masked
+        self.dim = self._layout.size
+        self._subsampled = found.subsampled
+        self.subsampled = bool(self._subsampled)
+        self._recording = self._record(found)
+        self.path = "eager" if self._recording is None else "graph"
+        self._graphs: dict[str, tuple[list[str], BatchedGraph]] = {}
+        self._graph = None if self._recording is None else self._select("log_p")[1]
+        if self.subsampled:
+            self._take_shapes_of_all_data()
 
-    # Running the model.
-
-    @contextmanager
-    def _isolated(self) -> Iterator[None]:
-        """No global state is read or left changed, and argument checks don't raise for one bad particle."""
-        with ExitStack() as stack:
-            stack.enter_context(no_validation())
-            stack.enter_context(private_rng(self.device, 0))
-            stack.enter_context(dtype_and_device(self.dtype, self.device))
-            stack.enter_context(self._held())
-            if self._whole:
-                stack.enter_context(all_data())
-            yield
-
-    def _run(self, reader: Reader) -> Any:
-        """The trace of one run with the latents that `reader` gives."""
-        with poutine.block(), poutine.trace() as tracer, reader:
-            self.model(*self.args, **self.kwargs)  # type: ignore[misc]
-        return tracer.trace
+    # One particle.
 
     def _outputs(self, z: Tensor, *indices: Tensor) -> dict[str, Tensor]:
         """All that one particle z (D,) gives: log p, the sites' values, the pointwise log-likelihoods."""
         given = dict(zip(self._subsampled, indices, strict=True))
-        reader = FromUnconstrained(self._layout, z, indices=given, masked=self._masked)
-        nodes = self._run(reader)
-        out = {"log_p": nodes.log_prob_sum() + reader.log_det}
+        run = self._runner(FromUnconstrained(self._layout, z, indices=given, masked=self._masked))
+        missing = [s.name for s in (*self.sites, *self.deterministic) if s.name not in run.nodes]
+        if missing:
+            raise TargetError(
+                f"the site {missing[0]!r} is not in every run of the model {self.name}: its sites may not depend on "
+                "the values of its latents; write one model for each structure"
+            )
+        out = {"log_p": run.log_prob(self.dtype)}
         for site in (*self.sites, *self.deterministic):
-            out[f"site {site.name}"] = torch.as_tensor(nodes.nodes[site.name]["value"])
-        nodes.compute_log_prob()
+            out[f"site {site.name}"] = torch.as_tensor(run.nodes[site.name]["value"])
         for name in self._data:
-            node = nodes.nodes[name]
-            pointwise, mask = node["unscaled_log_prob"], node["mask"]
-            if isinstance(mask, Tensor):
-                pointwise = torch.where(mask, pointwise, 0.0)
-            out[f"likelihood {name}"] = pointwise
+            if name in run.nodes:  # a sequential plate that subsamples has other sites each time
+                out[f"likelihood {name}"] = run.pointwise(name)
         return out
 
-    def _first_run(self) -> Tensor:
-        """Find the sites, and a point where log p is finite."""
-        generator = torch.Generator().manual_seed(0)
-        last: Any = None
-        with self._isolated():
-            for _ in range(_TRIES):
-                reader = FromRandom(generator, self.dtype, self.device)
-                try:
-                    last = self._run(reader)
-                except TraceError:
-                    raise
-                except (ValueError, RuntimeError) as error:
-                    if isinstance(error, TargetError):
-                        raise
-                    last = error
-                    continue
-                if not reader.unconstrained:
-                    raise NoLatentError(
-                        f"the model {self.name} has no latent variable: every pyro.sample has obs=, or there is "
-                        f"none. For a plain log density z (S, D) -> (S,) give dim=D as well"
-                    )
-                log_p = last.log_prob_sum() + reader.log_det
-                if math.isfinite(float(torch.as_tensor(log_p).detach())):
-                    break
-            else:
-                raise _non_finite(self.name, last)
-        nodes = last.nodes.values()
-        samples = [n for n in nodes if n["type"] == "sample" and n["name"] not in reader.subsampled]
-        latent = [n for n in samples if not n["is_observed"] and type(n["fn"]).__name__ != "_Subsample"]
-        self.sites = tuple(site_of(n) for n in latent)
-        self.deterministic = tuple(site_of(n) for n in samples if n["infer"].get("_deterministic"))
-        self.observed_sites = tuple(site_of(n) for n in samples if n["name"] in reader.observed)
-        self._layout = Layout(self.sites)
-        self.dim = self._layout.size
-        self._subsampled, self._data = reader.subsampled, reader.observed
-        self._masked = frozenset(reader.masked)
-        self.subsampled = bool(self._subsampled)
-        return torch.cat(reader.unconstrained)
+    def _inverse_outputs(self, x: Tensor, *indices: Tensor) -> dict[str, Tensor]:
+        """z, log|dz/dx| and whether each site is inside its support, for one particle's constrained values."""
+        given = dict(zip(self._subsampled, indices, strict=True))
+        layout = Layout(self.sites, constrained=True)
+        reader = FromConstrained(layout, x, indices=given, masked=self._masked)
+        self._runner(reader)
+        z = torch.cat([reader.unconstrained[s.name].flatten() for s in self.sites])
+        inside = torch.stack([reader.inside[s.name] for s in self.sites]).all()
+        return {"z": z, "log_det": -torch.as_tensor(reader.log_det), "inside": inside}
 
-    def _record(self, z: Tensor) -> Recording | None:
-        """The graph, if there is one and it agrees with the model; None, with a warning, otherwise."""
-        with self._isolated():
-            first = self._outputs(z, *self._indices())
-            with private_rng(self.device, 1):
-                again = self._outputs(z, *self._indices())
-            if not self.subsampled and not _same(first["log_p"], again["log_p"]):
-                raise TargetError(
-                    f"the model {self.name} gives another log density each time it is run at the same point: it draws "
-                    f"random numbers outside of pyro.sample. Move them out of the model, or make them latents"
-                )
+    def _eager(self, z: Tensor, *indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log p and its gradient for one particle by the model itself; NaN where it fails on these values.
+
+        The gradient is None where autograd refuses it, as it does after some in-place operations.
+        """
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
             try:
-                recording = self._traced(z)
-            except TraceError as error:
-                self._fall_back(str(error))
-                return None
-            if not self._agrees(recording, z):
-                self._fall_back("its graph and the model itself give different values")
-                return None
-        held = recording.parameters
-        if held:
-            names = sorted(self._parameter_name(t) for t in held.values())
-            warnings.warn(
-                HeldFixedWarning(
-                    f"the model's parameters are held at their present values: {', '.join(names)}. "
-                    f"pyro.infer.SVI with flowvi.AutoFlow learns them"
-                ),
-                stacklevel=5,
-            )
-        return recording
-
-    def _traced(self, z: Tensor) -> Recording:
-        inputs = {"z": z} | {f"index_{i}": t for i, t in enumerate(self._indices())}
-        return trace(self._outputs, inputs)
-
-    def _agrees(self, recording: Recording, z: Tensor) -> bool:
-        module = recording.module("log_p")
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(_CHECKS):
-            step = torch.rand(z.shape, generator=generator, dtype=z.dtype).to(z.device) - 0.5
-            indices = self._indices()
-            (found,) = module(z + step, *indices)
+                value = self._outputs(z, *indices)["log_p"]
+            except (ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                return z.new_tensor(math.nan), torch.full_like(z, math.nan)
+            if not value.requires_grad:
+                return value, torch.zeros_like(z)
             try:
-                expected = self._outputs(z + step, *indices)["log_p"]
-            except (ValueError, RuntimeError):  # such as a Cholesky factorization, which the graph makes NaN
-                expected = torch.full_like(found, math.nan)
-            if not _same(found, expected):
-                return False
-        return True
-
-    def _fall_back(self, reason: str) -> None:
-        self.reason = reason
-        warnings.warn(
-            SlowPathWarning(
-                f"the model {self.name} can't be traced: {reason}. It is run once for each particle instead, which is "
-                f"right but slow; write it in torch operations on the latents to have the fast way"
-            ),
-            stacklevel=6,
-        )
-
-    def _parameter_name(self, tensor: Tensor) -> str:
-        names = dict(self._held.names)
-        if isinstance(self.model, torch.nn.Module):
-            names |= {id(p): n for n, p in self.model.named_parameters()}
-        return names.get(id(tensor), f"a parameter of shape {tuple(tensor.shape)}")
+                (grad,) = torch.autograd.grad(value, z, allow_unused=True)
+            except RuntimeError:
+                return value.detach(), None
+        return value.detach(), torch.zeros_like(z) if grad is None else grad
 
     def _indices(self) -> list[Tensor]:
         """Each subsampling plate's indices, drawn afresh."""
@@ -224,104 +132,204 @@ class ModelDensity(LogDensity):
             for size, part in self._subsampled.values()
         ]
 
+    # The trace.
+
+    def _record(self, found: Structure) -> Recording | None:
+        """The graph, if there is one and it agrees with the model; None, with a warning, otherwise."""
+        indices = self._indices()
+        points, expected = self._reference(indices)
+        recording = None
+        try:
+            with self._runner.isolated():
+                inputs = {"z": self._start} | {f"index_{i}": t for i, t in enumerate(indices)}
+                recording = trace(self._outputs, inputs)
+                graph = BatchedGraph(recording.module("log_p"), len(indices))
+                if not self._agrees(graph, points, expected, indices):
+                    raise TraceError("its graph and the model itself give different values or gradients")
+        except (TraceError, RuntimeError) as error:
+            self.reason = str(error) if isinstance(error, TraceError) else f"its graph can't be batched: {error}"
+        held = self._runner.parameter_names(found.run, list(recording.parameters.values()) if recording else [])
+        if held:
+            warnings.warn(
+                HeldFixedWarning(
+                    f"the model's parameters are held at their present values: {', '.join(held)}. "
+                    "pyro.infer.SVI with flowvi.AutoFlow learns them"
+                ),
+                stacklevel=5,
+            )
+        if self.reason is None:
+            return recording
+        if any(grad is None for _, grad in expected):
+            raise TargetError(
+                f"the model {self.name} can't be traced: {self.reason}. Nor has its log density a gradient, because a "
+                "tensor that the gradient needs is changed in place: build it with torch.stack or torch.cat"
+            )
+        warnings.warn(
+            SlowPathWarning(
+                f"the model {self.name} can't be traced: {self.reason}. It is run once for each particle instead, "
+                "which is right but slow. For the fast way write it in torch operations on the latents: torch.where "
+                "instead of `if`, no .item(), float() or numpy of a latent"
+            ),
+            stacklevel=5,
+        )
+        return None
+
+    def _reference(self, indices: list[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        """Three points, and the model's own value and gradient at each."""
+        generator = torch.Generator().manual_seed(1)
+        steps = torch.rand(3, self.dim, generator=generator, dtype=self.dtype).to(self.device) - 0.5
+        points = torch.stack([self._start, self._start + steps[1], 4 * steps[2]])
+        expected = []
+        for z in points:
+            with self._runner.isolated():
+                value, grad = self._eager(z, *indices)
+            with self._runner.isolated(seed=1):
+                again, _ = self._eager(z, *indices)
+            if not torch.allclose(value, again, rtol=self._tolerance, atol=self._tolerance, equal_nan=True):
+                raise TargetError(
+                    f"the model {self.name} gives another log density each time it is run at the same point, "
+                    f"{float(value):.6g} and {float(again):.6g}: it draws random numbers outside of pyro.sample "
+                    "(dropout, torch.rand, dist.sample()). Move them out of the model, call eval() on its modules, or "
+                    "make them latents; for minibatches use subsample_size in pyro.plate"
+                )
+            expected.append((value, grad))
+        grads = [grad for _, grad in expected if grad is not None]
+        if grads and not any(bool(grad.any()) for grad in grads):
+            raise TargetError(
+                f"the log density of the model {self.name} has no gradient with respect to its latents: compute with "
+                "them in torch operations, without .detach(), .item(), numpy or torch.no_grad()"
+            )
+        if grads and not any(bool(grad.isfinite().all()) for grad in grads):
+            raise NonFiniteError(
+                f"the log density of the model {self.name} is finite, but its gradient is not, at any of 3 points. "
+                "Look for torch.where over a branch that is NaN, a square root at 0, or NaN in data behind a mask"
+            )
+        return points, expected
+
+    @property
+    def _tolerance(self) -> float:
+        return 1e-9 if self.dtype == torch.float64 else 1e-4
+
+    def _magnitude(self, z: Tensor, indices: list[Tensor]) -> float:
+        given = dict(zip(self._subsampled, indices, strict=True))
+        with self._runner.isolated(), torch.no_grad():
+            run = self._runner(FromUnconstrained(self._layout, z, indices=given, masked=self._masked))
+            return run.magnitude()
+
+    def _agrees(
+        self,
+        graph: BatchedGraph,
+        points: Tensor,
+        expected: list[tuple[Tensor, Tensor | None]],
+        indices: list[Tensor],
+    ) -> bool:
+        """Whether values and gradients are equal but for rounding; where one isn't finite, neither may be."""
+        tolerance = self._tolerance
+        parts = self._magnitude(self._start, indices)  # a sum of large parts that cancel is rounded like its parts
+        for z, value, grad, (own_value, own_grad) in zip(
+            points, *graph.value_and_grad(points, *indices), expected, strict=True
+        ):
+            scale = tolerance * max(1.0, parts, abs(float(own_value)))
+            if not own_value.isfinite():
+                if value.isfinite():
+                    return False
+                continue
+            if not torch.allclose(value, own_value, rtol=0, atol=scale):
+                return False
+            if own_grad is None:  # then at least batching may not change it
+                own_grad = graph.unbatched_grad(z, *indices)
+            largest = float(own_grad.abs().max())
+            if math.isfinite(largest) and not torch.allclose(
+                grad, own_grad, rtol=0, atol=10 * max(scale, tolerance * largest)
+            ):
+                return False
+        return True
+
+    def _select(self, prefix: str) -> tuple[list[str], BatchedGraph]:
+        """The graph of the outputs whose names start so, made once."""
+        assert self._recording is not None
+        if prefix not in self._graphs:
+            keys = [k for k in self._recording.names if k.startswith(prefix)]
+            self._graphs[prefix] = (keys, BatchedGraph(self._recording.module(*keys), len(self._subsampled)))
+        return self._graphs[prefix]
+
+    @cached_property
+    def _inverse(self) -> tuple[tuple[str, ...], BatchedGraph] | None:
+        """The graph from constrained to unconstrained values; None where there is none."""
+        indices = self._indices()
+        with self._runner.isolated(), torch.no_grad():
+            values = self._outputs(self._start, *indices)
+            x = torch.cat([values[f"site {s.name}"].flatten() for s in self.sites])
+            try:
+                recording = trace(self._inverse_outputs, {"x": x} | {f"index_{i}": t for i, t in enumerate(indices)})
+                graph = BatchedGraph(recording.module(*recording.names), len(indices))
+                found = dict(zip(recording.names, graph(x[None], *indices), strict=True))
+                expected = self._inverse_outputs(x, *indices)
+            except (TraceError, RuntimeError):
+                return None
+        same = all(torch.allclose(found[k][0].to(x), expected[k].to(x), rtol=1e-4, atol=1e-4) for k in expected)
+        return (recording.names, graph) if same else None
+
     # What a LogDensity is asked.
 
-    def _each(self, z: Tensor, keys: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The eager path: one run of the model for each particle."""
+    def _each(self, z: Tensor, prefix: str) -> dict[str, Tensor]:
+        """The outputs whose names start so, by one run of the model for each particle."""
         indices = self._indices()
-        with self._isolated():
-            rows = [{k: v for k, v in self._outputs(row, *indices).items() if keys(k)} for row in z]
-        return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
-
-    def _eager_log_p(self, z: Tensor, indices: list[Tensor]) -> Tensor:
-        """Log p of one particle z (D,); NaN, as in a graph, where a factorization fails."""
-        try:
-            return self._outputs(z, *indices)["log_p"]
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            return z.sum() * math.nan
+        with self._runner.isolated():
+            rows = [self._outputs(row, *indices) for row in z]
+        return {k: torch.stack([r[k] for r in rows]) for k in rows[0] if k.startswith(prefix)}
 
     def _log_prob(self, z: Tensor) -> Tensor:
         if not len(z):
             return z.sum(1)
         if self._graph is not None:
             return self._graph(z, *self._indices())[0]
-        indices = self._indices()
-        with self._isolated():
-            return torch.stack([self._eager_log_p(row, indices) for row in z])
+        value: Tensor = _Eager.apply(z, self)
+        return value
 
     def _value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if not len(z):
             return z.sum(1), z
         if self._graph is not None:
             return self._graph.value_and_grad(z, *self._indices())
-        with torch.enable_grad():
-            z = z.requires_grad_()
-            value = self._log_prob(z)
-            (grad,) = torch.autograd.grad(value.sum(), z)
-        return value.detach(), grad
+        indices = self._indices()
+        with self._runner.isolated():
+            pairs = [self._eager(row, *indices) for row in z]
+        values = [value for value, _ in pairs]
+        grads = [torch.full_like(z[0], math.nan) if grad is None else grad for _, grad in pairs]
+        return torch.stack(values), torch.stack(grads)
 
     def _constrain(self, z: Tensor) -> dict[str, Tensor]:
+        if self.subsampled and self.deterministic:  # they may be inside the plate
+            return self.full._constrain(z)
         return self._named("site ", z)
 
     def _log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
         return self.full._log_likelihood(z) if self.subsampled else self._named("likelihood ", z)
 
     def _named(self, prefix: str, z: Tensor) -> dict[str, Tensor]:
-        if not len(z):
-            return {k: v[:0] for k, v in self._named(prefix, self._start[None]).items()}
+        """The outputs whose names start with the prefix, by the rest of their names."""
+        points = z if len(z) else self._start[None]
         if self._recording is None:
-            found = self._each(z, lambda k: k.startswith(prefix))
+            found = self._each(points, prefix)
         else:
-            if prefix not in self._named_graphs:
-                keys = [k for k in self._recording.names if k.startswith(prefix)]
-                module = self._recording.module(*keys)
-                self._named_graphs[prefix] = (keys, BatchedGraph(module, len(self._subsampled)))
-            keys, graph = self._named_graphs[prefix]
-            found = dict(zip(keys, graph(z, *self._indices()), strict=True)) if keys else {}
-        return {k.removeprefix(prefix): v for k, v in found.items()}
-
-    @cached_property
-    def _named_graphs(self) -> dict[str, tuple[list[str], BatchedGraph]]:
-        return {}
-
-    def _unconstrained_outputs(self, x: Tensor, *indices: Tensor) -> dict[str, Tensor]:
-        given = dict(zip(self._subsampled, indices, strict=True))
-        layout = Layout(self.sites, constrained=True)
-        reader = FromConstrained(layout, x, indices=given, masked=self._masked)
-        self._run(reader)
-        out = {"z": torch.cat([reader.unconstrained[s.name].flatten() for s in self.sites])}
-        out["log_det"] = -torch.as_tensor(reader.log_det)
-        return out | {f"inside {s.name}": reader.inside[s.name] for s in self.sites}
-
-    @cached_property
-    def _inverse(self) -> tuple[tuple[str, ...], BatchedGraph] | None:
-        with self._isolated():
-            values = self._outputs(self._start, *self._indices())
-            x = torch.cat([values[f"site {s.name}"].flatten() for s in self.sites])
-            inputs = {"x": x} | {f"index_{i}": t for i, t in enumerate(self._indices())}
-            try:
-                recording = trace(self._unconstrained_outputs, inputs)
-            except TraceError:
-                return None
-        return recording.names, BatchedGraph(recording.module(*recording.names), len(self._subsampled))
-
-    @cached_property
-    def _start(self) -> Tensor:
-        return torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+            keys, graph = self._select(prefix)
+            found = dict(zip(keys, graph(points, *self._indices()), strict=True)) if keys else {}
+        return {k.removeprefix(prefix): v[: len(z)] for k, v in found.items()}
 
     def _unconstrain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not len(x):
             return x.new_zeros(0, self.dim), x.new_zeros(0)
         indices = self._indices()
-        if self._graph is not None and self._inverse is not None:
+        if self._inverse is not None:
             names, graph = self._inverse
             found = dict(zip(names, graph(x, *indices), strict=True))
         else:
-            with self._isolated():
-                rows = [self._unconstrained_outputs(row, *indices) for row in x]
+            with self._runner.isolated():
+                rows = [self._inverse_outputs(row, *indices) for row in x]
             found = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
-        inside = torch.stack([found[f"inside {s.name}"] for s in self.sites]).all(0)
-        return found["z"], torch.where(inside, found["log_det"], math.nan)
+        log_det = found["log_det"].to(self.dtype)
+        return found["z"].to(self.dtype), torch.where(found["inside"], log_det, math.nan)
 
     @property
     def observed(self) -> dict[str, Tensor]:
@@ -335,57 +343,36 @@ class ModelDensity(LogDensity):
 
     @cached_property
     def _full(self) -> ModelDensity:
+        runner = self._runner
         with warnings.catch_warnings():  # the model's own density has said it already
             warnings.simplefilter("ignore")
-            return ModelDensity(
-                self.model,  # type: ignore[arg-type]
-                self.args,
-                self.kwargs,
-                dtype=self.dtype,
-                device=self.device,
-                whole=True,
-            )
+            return ModelDensity(runner.model, self.args, self.kwargs, dtype=self.dtype, device=self.device, whole=True)
+
+    def _take_shapes_of_all_data(self) -> None:
+        """Sites inside a subsampling plate are reported for all of the data, and so are their shapes."""
+        try:
+            full = self._full
+        except FlowVIError:
+            return  # the model needs its minibatch; `full` says so when it is asked for
+        self.deterministic, self.observed_sites = full.deterministic, full.observed_sites
 
 
-def _cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Floating tensors in nested data get the dtype; all tensors go to the device."""
+class _Eager(torch.autograd.Function):
+    """log p by the model itself; its gradient reaches z, and not the model's parameters."""
 
-    def move(t: Tensor) -> Tensor:
-        if isinstance(t, torch.nn.Parameter):
-            return t
-        return t.detach().to(device, dtype) if t.is_floating_point() else t.to(device)
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, density: ModelDensity) -> Tensor:
+        value, grad = density._value_and_grad(z.detach())
+        ctx.save_for_backward(grad)
+        return value
 
-    return tree_map_only(Tensor, move, value)
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return cotangent[:, None] * grad, None
 
 
 def default_dtype(args: Any, kwargs: Any) -> torch.dtype:
     """float64 if a floating tensor in the arguments is, else torch's default dtype."""
     leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     return torch.float64 if any(t.dtype == torch.float64 for t in leaves) else torch.get_default_dtype()
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-9 if b.dtype == torch.float64 else 1e-4
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * 10, equal_nan=True)
-
-
-def _non_finite(name: str, last: Any) -> Exception:
-    """Why log p is finite nowhere: the first site whose part of it is not."""
-    if isinstance(last, Exception):
-        return TargetError(f"the model {name} fails at each of {_TRIES} points: {last}")
-    last.compute_log_prob()
-    for site_name, node in last.nodes.items():
-        if node["type"] != "sample" or bool(torch.isfinite(node["log_prob_sum"])):
-            continue
-        value = torch.as_tensor(node["value"])
-        if node["is_observed"] and value.is_floating_point() and not bool(value.isfinite().all()):
-            count = int((~value.isfinite()).sum())
-            return NonFiniteError(
-                f"the data of site {site_name!r} has {count} values that are NaN or infinite, of {value.numel()}: "
-                f"remove them, or leave them out with poutine.mask"
-            )
-        return NonFiniteError(
-            f"the log density of site {site_name!r} is {float(node['log_prob_sum'])} at each of {_TRIES} points in "
-            f"U(-2, 2) of unconstrained space: check its data, its support, and the scales of its parameters"
-        )
-    return NonFiniteError(f"the log density of the model {name} is finite at none of {_TRIES} points")

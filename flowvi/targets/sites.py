@@ -25,7 +25,16 @@ from torch.distributions.transforms import Transform
 
 from flowvi.errors import DiscreteLatentError, SubsampledLatentError, TargetError
 
-__all__ = ["FromConstrained", "FromRandom", "FromUnconstrained", "Layout", "Reader", "Site", "site_of"]
+__all__ = [
+    "FromConstrained",
+    "FromRandom",
+    "FromUnconstrained",
+    "Layout",
+    "Reader",
+    "Site",
+    "site_of",
+    "without_validation",
+]
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Reader(Messenger):
         elif msg["is_observed"]:
             self._read_observed(msg)
         elif msg["value"] is None:  # else a handler inside the model has given it a value
-            msg["fn"] = _without_validation(msg["fn"])
+            msg["fn"] = without_validation(msg["fn"])
             transform = _bijection(msg)
             msg["value"] = self.read(msg["name"], Size(msg["fn"].shape()), transform, msg["fn"].support)
             msg["done"] = True
@@ -127,7 +136,7 @@ class Reader(Messenger):
             msg["done"] = True
 
     def _read_observed(self, msg: dict[str, Any]) -> None:
-        msg["fn"] = _without_validation(msg["fn"])
+        msg["fn"] = without_validation(msg["fn"])
         if msg["name"] in self._masked:
             msg["value"] = fill_masked(msg["value"], msg["mask"], msg["fn"].event_dim)
 
@@ -248,11 +257,11 @@ def _inside(support: Constraint, x: Tensor) -> Tensor:
     return support.check(x)
 
 
-def _without_validation(fn: Any) -> Any:
+def without_validation(fn: Any) -> Any:
     """The distribution without checks of its own: one made outside the model keeps a flag of its own."""
     own = getattr(fn, "__dict__", {})
     parts = {k: v for k, v in own.items() if isinstance(v, Distribution | torch.distributions.Distribution)}
-    plain = {k: _without_validation(v) for k, v in parts.items()}
+    plain = {k: without_validation(v) for k, v in parts.items()}
     changed = {k: v for k, v in plain.items() if v is not parts[k]}
     if not changed and not own.get("_validate_args"):
         return fn

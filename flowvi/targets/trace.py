@@ -9,6 +9,7 @@ of a traced tensor would bake that one point into the graph, so it raises `Trace
   pure: copies and repeated operations are left out, and it can go through `vmap` and `grad`.
 - A parameter (an `nn.Parameter`, or a leaf that requires gradients) is read live: the graph holds the tensor
   itself, so that a later in-place change is seen. No gradient flows into it.
+- `detach` stays in the graph: the graph's gradient is that of the code.
 - A factorization that fails gives NaN for that particle, not an exception for all of them.
 """
 
@@ -29,8 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from flowvi.errors import TraceError
+from flowvi.targets.recording import Recording
 
-__all__ = ["Recording", "trace"]
+__all__ = ["trace"]
 
 aten = torch.ops.aten
 
@@ -50,7 +52,6 @@ _FACTORIES = {
 # In a pure graph these do nothing, unless the result's shape or dtype is another.
 _COPIES = {
     aten.alias.default,
-    aten.detach.default,
     aten.clone.default,
     aten.lift_fresh.default,
     aten.reshape.default,
@@ -130,34 +131,6 @@ for _name in _READS_MEMORY:
     setattr(Traced, _name, _refuse(_name))
 
 
-class Recording:
-    """What a trace recorded; any subset of its named outputs can be had as a graph module."""
-
-    def __init__(self, root: torch.nn.Module, graph: fx.Graph, outputs: dict[str, fx.Node]) -> None:
-        self._root, self._graph, self._outputs = root, graph, outputs
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the outputs, in the order in which the traced function gave them."""
-        return tuple(self._outputs)
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The live parameters in the graph, by their attribute's name."""
-        return {n: t for n, t in vars(self._root)["_buffers"].items() if n.startswith("parameter")} | dict(
-            self._root.named_parameters()
-        )
-
-    def module(self, *names: str) -> fx.GraphModule:
-        """The graph that computes the named outputs and nothing else; it returns their tuple."""
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        graph.graph_copy(self._graph, copies)
-        graph.output(tuple(copies[self._outputs[name]] for name in names))
-        graph.eliminate_dead_code()
-        return fx.GraphModule(self._root, graph)
-
-
 class _Tracer(TorchDispatchMode):
     """Sees every operation, and records those that depend on an input or on a live parameter."""
 
@@ -231,6 +204,8 @@ class _Tracer(TorchDispatchMode):
         if func is aten.cholesky.default:
             upper = args[1] if len(args) > 1 else False
             return self.__torch_dispatch__(aten.linalg_cholesky_ex.default, types, (args[0],), {"upper": upper})[0]
+        if func is aten.select_scatter.default:
+            return self._select_scatter(*args)
         if func in (aten.index.Tensor, aten.index_put.default):
             func, flat, spec = self._integer_indices(func, flat, spec)
         elif {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
@@ -290,6 +265,12 @@ class _Tracer(TorchDispatchMode):
                 o = self._call(aten.where.self, self._call(aten.reshape.default, ok, shape), o, nan)
             masked.append(o)
         return (*masked, out[-1])
+
+    def _select_scatter(self, x: Tensor, source: Tensor, dim: int, index: int) -> Any:
+        """As a slice of length one: the gradient of a batched select_scatter is wrong in torch 2.13."""
+        index %= x.shape[dim]
+        row = self._call(aten.unsqueeze.default, source, dim)
+        return self._call(aten.slice_scatter.default, x, row, dim, index, index + 1)
 
     def _integer_indices(self, func: Any, flat: list[Any], spec: Any) -> tuple[Any, list[Any], Any]:
         """Masks made of data become integer indices, which can be batched; traced masks have no fixed shape."""

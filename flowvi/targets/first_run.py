@@ -1,0 +1,186 @@
+"""A model's first runs: they find its sites and a point where log p is finite, or say why there is none."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowvi.errors import FlowVIError, NoLatentError, NonFiniteError, TargetError
+from flowvi.targets.runner import Run, Runner
+from flowvi.targets.sites import FromRandom, Site, site_of
+
+__all__ = ["Structure", "find_structure"]
+
+_TRIES = 20
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the first runs find out about a model."""
+
+    z: Tensor
+    """A point (D,) where log p is finite."""
+    run: Run
+    """The run at that point."""
+    sites: tuple[Site, ...]
+    deterministic: tuple[Site, ...]
+    observed_sites: tuple[Site, ...]
+    observed: dict[str, Tensor]
+    masked: frozenset[str]
+    """The observed sites whose masked-out entries are not finite."""
+    subsampled: dict[str, tuple[int, int]]
+    """Size and subsample size of each plate that subsamples."""
+
+
+def find_structure(runner: Runner) -> Structure:
+    """Runs the model at random points, U(-2, 2) in unconstrained space, until log p is finite.
+
+    Pyro's and torch's argument checks are as the user has them.
+
+    Raises:
+        NoLatentError: If the model has no latent site.
+        DiscreteLatentError, SubsampledLatentError: If a latent can't be represented.
+        NonFiniteError: If log p is finite at none of the points.
+        TargetError: If the model can't be called, or fails at every point.
+    """
+    _check_call(runner)
+    generator = torch.Generator().manual_seed(0)
+    failure: Exception | None = None
+    run: Run | None = None
+    data: dict[str, Tensor] = {}
+    for _ in range(_TRIES):
+        reader = FromRandom(generator, runner.dtype, runner.device)
+        try:
+            with runner.isolated(validation=True), torch.no_grad():
+                run = runner(reader)
+        except FlowVIError:
+            raise
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            failure = error
+            continue
+        if not reader.unconstrained:
+            raise NoLatentError(
+                f"the model {runner.name} has no latent variable: every pyro.sample has obs=, or there is none. "
+                "For a plain log density z (S, D) -> (S,) give dim=D as well"
+            )
+        data, failure = reader.observed, None
+        with runner.isolated(), torch.no_grad():
+            if not math.isfinite(run.log_prob(runner.dtype)):
+                continue
+        try:
+            _validate_values(runner, run)
+        except ValueError as error:
+            failure = error
+            continue
+        return Structure(
+            z=torch.cat(reader.unconstrained),
+            run=run,
+            sites=tuple(site_of(n) for n in run.latent),
+            deterministic=tuple(site_of(n) for n in run.deterministic),
+            observed_sites=tuple(site_of(n) for n in run.samples if n["name"] in data),
+            observed=data,
+            masked=frozenset(reader.masked),
+            subsampled=reader.subsampled,
+        )
+    with runner.isolated(), torch.no_grad():
+        raise _why(runner, run, data, failure) from failure
+
+
+def _check_call(runner: Runner) -> None:
+    """Raises if the model can't take its arguments: a forgotten args= is the commonest mistake."""
+    model = runner.model.forward if isinstance(runner.model, torch.nn.Module) else runner.model
+    try:
+        signature = inspect.signature(model)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*runner.args, **runner.kwargs)
+    except TypeError as error:
+        raise TargetError(
+            f"the model {runner.name}{signature} can't be called with these {len(runner.args)} args and kwargs "
+            f"{sorted(runner.kwargs)}: {error}. Give its arguments by args=(...) and kwargs={{...}}; for a plain log "
+            "density z (S, D) -> (S,) give dim=D"
+        ) from error
+
+
+def _validate_values(runner: Runner, run: Run) -> None:
+    """Raises ValueError if a value lies outside its distribution's support, where the user has that checked."""
+    with runner.isolated(validation=True), torch.no_grad():
+        for node in run.samples:
+            if node["infer"].get("_deterministic"):
+                continue
+            try:
+                node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+            except ValueError as error:
+                raise ValueError(f"site {node['name']!r}: {error}") from error
+
+
+def _why(runner: Runner, run: Run | None, data: Mapping[str, Tensor], failure: Exception | None) -> TargetError:
+    """Why log p is finite at none of the points."""
+    parts = {} if run is None else run.site_log_probs()
+    wrong = [name for name, value in parts.items() if not math.isfinite(value)]
+    for name in wrong:
+        value = data.get(name)
+        if value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
+            bad = ~value.isfinite()
+            return NonFiniteError(
+                f"the data of site {name!r} has {int(bad.sum())} values that are NaN or infinite, of {value.numel()}, "
+                f"the first at index {tuple(bad.nonzero()[0].tolist())}: remove them, or leave them out with "
+                "poutine.mask, or with obs_mask in pyro.sample"
+            )
+    for place in _not_a_number({"args": runner.args, "kwargs": runner.kwargs}):
+        return NonFiniteError(
+            f"{place} of the model {runner.name} has NaN in it, and log p is finite at none of {_TRIES} points: "
+            "remove what is missing from the data, or mask it"
+        )
+    if failure is not None:
+        text = str(failure).strip()
+        hint = ""
+        if "dtype" in text or "scalar type" in text:
+            hint = (
+                f". The model was run in {runner.dtype}: give dtype= the dtype of the tensors that it makes or holds "
+                "itself, or pass them as args, which are converted"
+            )
+        return TargetError(f"the model {runner.name} fails at each of {_TRIES} points: {text}{hint}")
+    if wrong:
+        assert run is not None
+        node = run.nodes[wrong[0]]
+        kind = type(node["fn"]).__name__
+        if wrong[0] in data and not _in_support(node):
+            return NonFiniteError(
+                f"the data of site {wrong[0]!r} lie outside the support of its distribution, {kind}: "
+                f"{node['fn'].support}"
+            )
+        return NonFiniteError(
+            f"the log density of site {wrong[0]!r} ({kind}) is {float(parts[wrong[0]])} at each of {_TRIES} points in "
+            "U(-2, 2) of unconstrained space: check its data, its support, and the scales of its parameters"
+        )
+    return NonFiniteError(f"the log density of the model {runner.name} is finite at none of {_TRIES} points")
+
+
+def _in_support(node: Mapping[str, Any]) -> bool:
+    try:
+        return bool(node["fn"].support.check(torch.as_tensor(node["value"])).all())
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+        return True  # can't tell
+
+
+def _not_a_number(value: Any, place: str = "") -> Iterator[str]:
+    """Where in nested arguments there is a NaN, as the Python expression that reads it."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_a_number(item, f"{place}[{key!r}]" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _not_a_number(item, f"{place}[{i}]")
+    elif isinstance(value, Tensor):
+        if bool(value.isnan().any()):
+            yield place
+    elif isinstance(value, float) and math.isnan(value):
+        yield place

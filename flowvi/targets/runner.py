@@ -1,0 +1,157 @@
+"""One run of a Pyro model with given latents, in isolation, and what it says."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from flowvi.targets.isolation import HeldParameters, all_data, dtype_and_device, no_validation, private_rng
+from flowvi.targets.sites import Reader, without_validation
+
+__all__ = ["Run", "Runner"]
+
+
+class Run:
+    """What one run of a model left: its sites, with their values and log-probabilities.
+
+    Args:
+        nodes: Pyro's messages by site, in model order.
+        log_det: the sum of log|dx/dz| over the latent sites.
+    """
+
+    def __init__(self, nodes: Mapping[str, Any], log_det: Tensor | float) -> None:
+        self.nodes = nodes
+        self._log_det = log_det
+        self._pointwise: dict[str, Tensor] = {}
+        self.samples = [n for n in nodes.values() if n["type"] == "sample" and not isinstance(n["fn"], _Subsample)]
+
+    @property
+    def latent(self) -> list[Any]:
+        """The latent sites' messages."""
+        return [n for n in self.samples if not n["is_observed"]]
+
+    @property
+    def deterministic(self) -> list[Any]:
+        """The messages of `pyro.deterministic`."""
+        return [n for n in self.samples if n["infer"].get("_deterministic")]
+
+    def pointwise(self, name: str) -> Tensor:
+        """Log p of one site, of its batch shape: not scaled, 0 where masked out."""
+        node = self.nodes[name]
+        if name not in self._pointwise:
+            fn = without_validation(node["fn"])
+            log_prob = torch.as_tensor(fn.log_prob(node["value"], *node["args"], **node["kwargs"]))
+            self._pointwise[name] = scale_and_mask(log_prob, 1.0, node["mask"])
+        return self._pointwise[name]
+
+    def site_log_probs(self) -> dict[str, Tensor]:
+        """Log p of each site, scaled and masked and summed, in model order."""
+        sums = {}
+        for node in self.samples:
+            if not node["infer"].get("_deterministic"):
+                pointwise = self.pointwise(node["name"])
+                sums[node["name"]] = scale_and_mask(pointwise, node["scale"], None).sum()
+        return sums
+
+    def log_prob(self, dtype: torch.dtype) -> Tensor:
+        """Log p(x) + log|dx/dz|."""
+        total: Any = self._log_det
+        for value in self.site_log_probs().values():
+            total = total + value
+        return torch.as_tensor(total).to(dtype)
+
+    def magnitude(self) -> float:
+        """The sum of the absolute values of the parts of log p, against which its rounding is to be seen."""
+        return sum(abs(float(v)) for v in self.site_log_probs().values())
+
+
+class Runner:
+    """A Pyro model with its arguments.
+
+    Args:
+        model: the Pyro model.
+        args: its arguments; floating tensors in them are cast to `dtype` and moved to `device`.
+        kwargs: its keyword arguments, likewise.
+        dtype: of z and of what the model computes.
+        device: where.
+        whole: whether every subsampling plate takes all of its data.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        whole: bool = False,
+    ) -> None:
+        self.name = getattr(model, "__name__", type(model).__name__)
+        self.model, self.dtype, self.device = model, dtype, device
+        self.args = tuple(_cast(a, dtype, device) for a in args)
+        self.kwargs = {k: _cast(v, dtype, device) for k, v in kwargs.items()}
+        self.held = HeldParameters()
+        self._whole = whole
+
+    @contextmanager
+    def isolated(self, *, seed: int = 0, validation: bool = False) -> Iterator[None]:
+        """No global state is left changed.
+
+        Args:
+            seed: of whatever the model draws by itself.
+            validation: leaves the argument checks as the user has them; else they are off, so that one bad
+                particle doesn't raise.
+        """
+        with ExitStack() as stack:
+            if not validation:
+                stack.enter_context(no_validation())
+            stack.enter_context(private_rng(self.device, seed))
+            stack.enter_context(dtype_and_device(self.dtype, self.device))
+            stack.enter_context(self.held())
+            if self._whole:
+                stack.enter_context(all_data())
+            yield
+
+    def __call__(self, reader: Reader) -> Run:
+        """Runs the model with the latents that `reader` gives, out of sight of the handlers around the call."""
+        with poutine.block(), poutine.trace() as tracer, reader:
+            self.model(*self.args, **self.kwargs)
+        return Run(tracer.trace.nodes, reader.log_det)
+
+    def parameter_names(self, run: Run, recorded: list[Tensor]) -> list[str]:
+        """The names of the parameters that a run or a graph reads."""
+        names = dict(self.held.names)
+        for module in self._modules():
+            names |= {id(p): n for n, p in module.named_parameters()}
+        found = [n["name"] for n in run.nodes.values() if n["type"] == "param"]
+        found += [names.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in recorded]
+        return sorted({n.replace("$$$", ".") for n in found})  # as pyro.module joins names
+
+    def _modules(self) -> Iterator[torch.nn.Module]:
+        """The modules that the model is, belongs to, is given, or finds where it was written."""
+        things = [self.model, getattr(self.model, "__self__", None), *self.args, *self.kwargs.values()]
+        if inspect.isfunction(self.model):
+            found = inspect.getclosurevars(self.model)
+            things += [*found.nonlocals.values(), *found.globals.values()]
+        yield from (thing for thing in things if isinstance(thing, torch.nn.Module))
+
+
+def _cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Floating tensors in nested data get the dtype; all tensors go to the device."""
+
+    def move(t: Tensor) -> Tensor:
+        if isinstance(t, torch.nn.Parameter):
+            return t
+        return t.detach().to(device, dtype) if t.is_floating_point() else t.to(device)
+
+    return tree_map_only(Tensor, move, value)
