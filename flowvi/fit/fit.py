@@ -26,8 +26,8 @@ from flowvi.transforms.registry import lookup
 __all__ = ["fit"]
 
 NUM_PARTICLES = 256
-NUM_STEPS, NUM_STEPS_WHITENED = 8000, 3000
-LR = 3e-2
+NUM_STEPS, NUM_STEPS_WHITENED = 4000, 3000
+LR = 4e-2
 ANNEAL_FRACTION = 0.3
 AUTO_FLOW, AUTO_NUM_FLOWS = "planar", 32
 FEW_FLOWS = 4  # of a flow whose layers are not fused: each is a deep map by itself
@@ -73,9 +73,9 @@ def fit(
         dim: D of a callable.
         flow: a registered name, or factory(input_dim, **options) such as Pyro's; "auto" is planar.
         num_flows: K; 32 for planar and radial, 4 for others.
-        num_steps: steps of Adam; 3000 after whitening, else 8000.
+        num_steps: steps of Adam; 3000 after whitening, else 4000.
         num_particles: S, draws per step; 256.
-        lr: the largest step size; 3e-2.
+        lr: the largest step size; 4e-2.
         anneal: True for beta from .01 to 1 over the first 30% of the steps, False for none, or a schedule
             step -> beta. None: for energies, and where the whitening's starts disagree.
         whiten: whether the best Gaussian is fitted first. None: for models and callables.
