@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list | fig1 | fig3`."""
+"""The command line: `python -m experiments list | fig1 | fig3 | density`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from experiments import fig1, fig3
+from experiments import density, fig1, fig3
 from experiments.report import INSTALL, Report
 from flowvi.errors import FlowVIError
 
@@ -29,7 +29,7 @@ Out = Annotated[
     typer.Option(help="The folder to write to, made where missing.", show_default="experiments/results/NAME"),
 ]
 
-MAKES = {"fig1": fig1.TITLE, "fig3": fig3.TITLE}
+MAKES = {"fig1": fig1.TITLE, "fig3": fig3.TITLE, "density": density.TITLE}
 
 
 @app.command("list")
@@ -54,6 +54,12 @@ def run_fig3(  # noqa: D103 (its help is above)
 ) -> None:
     config = fig3.Config.quick(seed, seeds) if quick else fig3.Config(seed=seed, seeds=seeds)
     _finish(lambda: fig3.run(config), out)
+
+
+@app.command("density", help=density.TITLE)
+def run_density(quick: Quick = False, seed: Seed = 0, out: Out = None) -> None:  # noqa: D103 (its help is above)
+    config = density.Config.quick(seed) if quick else density.Config(seed=seed)
+    _finish(lambda: density.run(config), out)
 
 
 def _finish(run: Callable[[], Report], out: Path | None) -> None:

@@ -2,13 +2,15 @@
 
 from flowvi import energies, errors, transforms
 from flowvi._version import __version__
+from flowvi.compare import compare
+from flowvi.density_fit import DensityFit
 from flowvi.diagnostics import Diagnostics
-from flowvi.fit import fit
+from flowvi.fit import fit, fit_density
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import AutoFlow, AutoPlanar, AutoRadial
-from flowvi.objectives import ELBO, AnnealedELBO, LinearAnneal, PathELBO
+from flowvi.objectives import ELBO, AnnealedELBO, BalancedELBO, LinearAnneal, PathELBO
 from flowvi.posterior import History, Posterior
-from flowvi.storage import load
+from flowvi.storage import load, load_density
 from flowvi.targets import LogDensity, as_density
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "AutoFlow",
     "AutoPlanar",
     "AutoRadial",
+    "BalancedELBO",
+    "DensityFit",
     "Diagnostics",
     "Flow",
     "FlowSpec",
@@ -27,9 +31,12 @@ __all__ = [
     "Posterior",
     "__version__",
     "as_density",
+    "compare",
     "energies",
     "errors",
     "fit",
+    "fit_density",
     "load",
+    "load_density",
     "transforms",
 ]

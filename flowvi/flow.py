@@ -199,6 +199,12 @@ class Flow(TransformedDistribution):
         return x, log_q, score.detach()
 
     @property
+    def has_standard_base(self) -> bool:
+        """Whether the base is N(0, I)."""
+        base = _innermost(self.base_dist)
+        return isinstance(base, torch.distributions.Normal) and bool((base.loc == 0).all() and (base.scale == 1).all())
+
+    @property
     def has_path_score(self) -> bool:
         """Whether every transform carries the score forward, so that path gradients are cheap."""
         return all(getattr(t, "has_path_score", False) for t in self.transforms)
@@ -212,7 +218,9 @@ class Flow(TransformedDistribution):
                 )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log q(value), exact for any value of shape (..., D), by the inverses.
+        """Log q(value), exact for any value of shape (..., D), by the inverses and their log-determinants.
+
+        A value that was just sampled is not inverted: its transforms remember where it came from.
 
         Raises:
             DimensionError: the last dimension is not D.
@@ -222,7 +230,13 @@ class Flow(TransformedDistribution):
                 f"this flow lives on R^D with D = {self.dim}, but the value has shape {tuple(value.shape)}: "
                 f"its last dimension must be {self.dim}."
             )
-        return super().log_prob(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        log_q: Tensor | float = 0.0
+        for t in reversed(self.transforms):
+            value, log_det = _inverse(t, value)
+            log_q = log_q + log_det
+        return self.base_dist.log_prob(value) + log_q
 
     def _log_prob_by_inverses(self, value: Tensor) -> Tensor:
         try:
@@ -307,7 +321,17 @@ def _forward(t: TorchTransform, x: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(t, InvertibleMap):
         return t.forward_and_log_det(x)
     y = t(x)
+    return y, _log_det(t, x, y)
+
+
+def _inverse(t: TorchTransform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """X with t(x) = y, and log|det dx/dy|."""
+    if isinstance(t, InvertibleMap):
+        return t.invert(y)
+    x = t.inv(y)
+    return x, -_log_det(t, x, y)
+
+
+def _log_det(t: TorchTransform, x: Tensor, y: Tensor) -> Tensor:
     log_det = t.log_abs_det_jacobian(x, y)
-    if log_det.dim() == x.dim():  # an elementwise transform of torch's
-        log_det = log_det.sum(-1)
-    return y, log_det
+    return log_det.sum(-1) if log_det.dim() == x.dim() else log_det  # an elementwise transform of torch's

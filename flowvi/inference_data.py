@@ -1,8 +1,9 @@
 """A posterior for ArviZ: `InferenceData` for ArviZ 0.x, an xarray `DataTree` for 1.x, from the same groups.
 
 Dimensions are named after plates, so that sites in one plate share a dimension; other dimensions of a site are
-called `<site>_dim_<i>`. All draws form one chain: they are independent, so R-hat and the ESS of a chain say
-nothing about the fit. What does is in the attributes: k-hat, ELBO, log evidence, the verdict.
+called `<site>_dim_<i>`. All draws of a flow form one chain: they are independent, so R-hat and the ESS of a chain
+say nothing about the fit. What does is in the attributes: k-hat, ELBO, log evidence, the verdict. A refined posterior
+has its real chains.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def to_arviz(
 ) -> Any:
     """Draws, log densities, log likelihood and data in ArviZ's groups.
 
-    Groups: `posterior` (1 chain, all sites), `sample_stats` (lp = log p, log_q, log_weight = log p - log q) and,
-    for a model with observed sites, `log_likelihood` and `observed_data`, as `az.loo` wants them. Both the
-    top and the group `posterior` carry the attributes.
+    Groups: `posterior` (1 chain, or those of a refined posterior; all sites), `sample_stats` (lp = log p, log_q,
+    log_weight = log p - log q) and, for a model with observed sites, `log_likelihood` and `observed_data`, as `az.loo`
+    wants them. Both the top and the group `posterior` carry the attributes.
 
     Args:
         posterior: The fit.
@@ -59,15 +60,22 @@ def to_arviz(
     kind, module = _library(kind)
     density = posterior.density
     values, z, log_p, log_q = posterior._draws_with_densities(num_samples, resample=resample, seed=seed)
+    num_chains = posterior._num_chains
+
+    def chain(value: Tensor) -> np.ndarray:
+        """(C n, ...) -> (C, n, ...)."""
+        array = _array(value)
+        return array.reshape(num_chains, -1, *array.shape[1:])
+
     groups: dict[str, dict[str, np.ndarray]] = {
-        "posterior": {name: _chain(value) for name, value in values.items()},
-        "sample_stats": {"lp": _chain(log_p), "log_q": _chain(log_q), "log_weight": _chain(log_p - log_q)},
+        "posterior": {name: chain(value) for name, value in values.items()},
+        "sample_stats": {"lp": chain(log_p), "log_q": chain(log_q), "log_weight": chain(log_p - log_q)},
     }
     sites = (*density.sites, *density.deterministic, *density.observed_sites)
     shapes = {site.name: (site.shape, site.plates) for site in sites}
     if density.observed:
         log_likelihood = density.log_likelihood(z)
-        groups["log_likelihood"] = {name: _chain(value) for name, value in log_likelihood.items()}
+        groups["log_likelihood"] = {name: chain(value) for name, value in log_likelihood.items()}
         groups["observed_data"] = {name: _array(value) for name, value in density.observed.items()}
     dims, coords = _name_dimensions(shapes)
     attrs = _attributes(posterior, resample)
@@ -134,6 +142,7 @@ def _attributes(posterior: Posterior, resample: bool) -> dict[str, Any]:
         "log_evidence_se",
         "ess_fraction",
         "nonfinite_fraction",
+        *(name for name in ("r_hat", "ess_bulk", "ess_tail") if hasattr(diagnosis, name)),
     )
     return {
         "inference_library": "flowvi",
@@ -148,8 +157,3 @@ def _attributes(posterior: Posterior, resample: bool) -> dict[str, Any]:
 
 def _array(value: Tensor) -> np.ndarray:
     return value.detach().cpu().numpy()
-
-
-def _chain(value: Tensor) -> np.ndarray:
-    """(n, ...) -> (1, n, ...)."""
-    return _array(value)[None]

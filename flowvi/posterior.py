@@ -25,6 +25,7 @@ from flowvi.errors import DimensionError, NonFiniteError, OptionError
 
 if TYPE_CHECKING:
     from flowvi.flow import Flow
+    from flowvi.refined import RefinedPosterior
     from flowvi.targets import LogDensity
 
 __all__ = ["History", "Posterior"]
@@ -232,6 +233,41 @@ class Posterior:
             )
         return self._diagnoses[key]
 
+    def refine(
+        self,
+        *,
+        num_chains: int | None = None,
+        ess: float = 4000.0,
+        rhat: float = 1.01,
+        time_limit: float | None = None,
+        seed: int | None = None,
+        progress: bool | None = None,
+    ) -> RefinedPosterior:
+        """Exact draws by HMC in the flow's coordinates; see `flowvi.refine.refine`.
+
+        Args:
+            num_chains: C, at least 4; 128 if None.
+            ess: The bulk and tail ESS to reach in every coordinate.
+            rhat: The R-hat to reach.
+            time_limit: Seconds; None runs until the chains agree, or 20,000 steps of each.
+            seed: As for `sample`.
+            progress: Whether a bar is shown; None shows it in a terminal or notebook.
+
+        Returns:
+            A posterior whose draws are the chains', with a verdict of its own.
+        """
+        from flowvi.refine import refine
+
+        return refine(
+            self,
+            num_chains=num_chains,
+            ess=ess,
+            rhat=rhat,
+            time_limit=time_limit,
+            seed=seed,
+            progress=progress,
+        )
+
     # elsewhere
 
     @cached_property
@@ -344,6 +380,12 @@ class Posterior:
         return "Made by " + ", ".join(words)
 
     # the machinery
+
+    _num_chains = 1  # that the draws form, for ArviZ
+
+    def _stored_chains(self) -> dict[str, Any] | None:
+        """What a file keeps beside the flow: nothing, but for a refined posterior."""
+        return None
 
     @property
     def _rows(self) -> int:

@@ -1,4 +1,4 @@
-"""Posteriors in files: `torch.save` of plain data, read without running code from the file.
+"""Posteriors and densities in files: `torch.save` of plain data, read without running code from the file.
 
 A file is a dict: a header (format, version, digest) and the content. The digest is there because `torch.load`
 doesn't notice damaged numbers.
@@ -11,19 +11,21 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowvi._version import __version__
+from flowvi.conditional_flow import ConditionalFlow
+from flowvi.density_fit import DensityFit, DensityHistory, flow_at
 from flowvi.errors import FileFormatError, OptionError, TargetError
 from flowvi.flow import Flow, FlowSpec
 from flowvi.posterior import History, Posterior
 from flowvi.targets import LogDensity, as_density
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_density", "save", "save_density"]
 
 
 def save(posterior: Posterior, path: str | Path) -> None:
@@ -56,8 +58,9 @@ def save(posterior: Posterior, path: str | Path) -> None:
         "timing": posterior.timing,
         "history": history,
         "seed": posterior.seed,
+        "chains": posterior._stored_chains(),
     }
-    _write(Path(path), _plain(content, otherwise=str) | {"arguments": arguments})
+    _write(Path(path), _plain(content, otherwise=str) | {"arguments": arguments}, _POSTERIOR)
 
 
 def load(
@@ -86,7 +89,7 @@ def load(
         UnknownFlowError: The flow is one that was registered when the file was written, and isn't now.
         OptionError: The same for a flow that is registered as something else now.
     """
-    content = _read(Path(path))
+    content = _read(Path(path), _POSTERIOR)
     if target is None:
         raise OptionError(f"pass what was fitted, {content['target']!r}, too: flowvi.load(path, model).")
     if args is None and kwargs is None and not content["arguments_stored"]:
@@ -111,7 +114,7 @@ def load(
     )
     _compare_sites(content["sites"], _site_table(density), content["target"])
     flow = _rebuild(spec, content["state"], _DTYPES[content["flow_dtype"]], density.device)
-    return Posterior(
+    posterior = Posterior(
         flow,
         density,
         config=content["config"],
@@ -119,12 +122,80 @@ def load(
         history=history,
         seed=content["seed"],
     )
+    if content.get("chains") is None:
+        return posterior
+    from flowvi.refined import RefinedPosterior
+
+    return RefinedPosterior.restored(posterior, content["chains"])
 
 
-def _rebuild(spec: FlowSpec, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Flow:
-    """A flow from its description and its parameters."""
+def save_density(fit: DensityFit, path: str | Path) -> None:
+    """Writes a density fit; see `DensityFit.save`.
+
+    Args:
+        fit: What to write.
+        path: The file.
+
+    Raises:
+        OptionError: The flow can't be built again from its name.
+    """
+    _check_rebuild(fit.flow)
+    content = {
+        "flowvi": __version__,
+        "spec": fit.flow.spec.to_dict() if fit.flow.spec else None,
+        "context_dim": fit.context_dim,
+        "state": dict(fit.flow.state_dict()),
+        "flow_dtype": str(fit.flow.dtype),
+        "config": fit.config,
+        "timing": fit.timing,
+        "history": {name: getattr(fit.history, name) for name in DensityHistory.__dataclass_fields__},
+        "held_out": fit.held_out,
+        "seed": fit.seed,
+    }
+    _write(Path(path), _plain(content, otherwise=str), _DENSITY)
+
+
+def load_density(path: str | Path) -> DensityFit:
+    """Reads a density that `DensityFit.save` wrote. No code from the file is run.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The fit, on the CPU: the same log q, and the same draws by seed.
+
+    Raises:
+        FileFormatError: The file isn't a density of flowvi, is damaged, or was written by a newer version.
+        UnknownFlowError: The flow is one that was registered when the file was written, and isn't now.
+        OptionError: The same for a flow that is registered as something else now.
+    """
+    content = _read(Path(path), _DENSITY)
+    try:
+        spec = FlowSpec.from_dict(content["spec"])
+        history = DensityHistory(**content["history"])
+        dtype, context_dim = _DTYPES[content["flow_dtype"]], int(content["context_dim"])
+    except Exception as error:
+        raise FileFormatError(f"{path} has parts that don't fit together ({error}): save the fit anew.") from error
+    return DensityFit(
+        _rebuild(spec, content["state"], dtype, torch.device("cpu"), context_dim),
+        config=content["config"],
+        timing=content["timing"],
+        history=history,
+        held_out=content["held_out"],
+        seed=content["seed"],
+    )
+
+
+def _rebuild(
+    spec: FlowSpec, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, context_dim: int = 0
+) -> Any:
+    """A flow, conditional where there is a context, from its description and its parameters."""
+    flow: Flow | ConditionalFlow
     with torch.random.fork_rng(devices=[]):  # its start is random, and overwritten
-        flow = Flow.from_spec(spec, dtype=dtype, device=device)
+        if context_dim:
+            flow = ConditionalFlow(spec, context_dim, dtype=dtype, device=device)
+        else:
+            flow = Flow.from_spec(spec, dtype=dtype, device=device)
     try:
         flow.load_state_dict(state)
     except RuntimeError as error:
@@ -135,7 +206,7 @@ def _rebuild(spec: FlowSpec, state: Mapping[str, Tensor], dtype: torch.dtype, de
     return flow
 
 
-def _check_rebuild(flow: Flow) -> None:
+def _check_rebuild(flow: Flow | ConditionalFlow) -> None:
     """Raises, while the flow is still at hand, where a file wouldn't give it back."""
     remedy = "register its factory, flowvi.transforms.register(name, factory), here and before loading"
     if flow.spec is None:
@@ -143,26 +214,45 @@ def _check_rebuild(flow: Flow) -> None:
             f"a flow composed by hand can't be described in a file: {remedy}, and build it by Flow.from_spec; or "
             "save flow.state_dict() yourself."
         )
-    twin = _rebuild(flow.spec, flow.state_dict(), flow.dtype, flow.device)
+    context_dim = flow.context_dim if isinstance(flow, ConditionalFlow) else 0
+    twin = _rebuild(flow.spec, flow.state_dict(), flow.dtype, flow.device, context_dim)
     with torch.no_grad():
+        at = torch.zeros(context_dim, dtype=flow.dtype, device=flow.device)
         ours, theirs = (
-            f.rsample_and_log_prob(2, generator=torch.Generator(flow.device).manual_seed(0))[1] for f in (flow, twin)
+            flow_at(f, at).rsample_and_log_prob(2, generator=torch.Generator(flow.device).manual_seed(0))[1]
+            for f in (flow, twin)
         )
     if not torch.equal(ours, theirs) and not ours.isnan().any():
         raise OptionError(f"the flow that is registered as {flow.spec.name!r} isn't the fitted one: {remedy}.")
 
 
-_FORMAT, _VERSION = "flowvi.posterior", 1
-_KEYS = {
-    *("flowvi", "spec", "state", "flow_dtype", "config", "timing", "history", "seed"),
-    *("target", "dtype", "sites", "is_model", "arguments", "arguments_stored"),
-}
+class _Kind(NamedTuple):
+    """What a file holds: its name, its version, and its content's keys."""
+
+    noun: str
+    version: int
+    keys: frozenset[str]
+    reader: str
+
+    @property
+    def format(self) -> str:
+        return f"flowvi.{self.noun}"
+
+
+_COMMON = ("flowvi", "spec", "state", "flow_dtype", "config", "timing", "history", "seed")
+_POSTERIOR = _Kind(
+    "posterior",
+    1,
+    frozenset((*_COMMON, "target", "dtype", "sites", "is_model", "arguments", "arguments_stored")),
+    "flowvi.load",
+)
+_DENSITY = _Kind("density", 1, frozenset((*_COMMON, "context_dim", "held_out")), "flowvi.load_density")
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: dict[str, Any], kind: _Kind = _POSTERIOR) -> None:
     """Writes beside the file and then replaces it, so that a crash leaves the old file whole."""
-    header = {"format": _FORMAT, "version": _VERSION, "digest": _digest(content)}
+    header = {"format": kind.format, "version": kind.version, "digest": _digest(content)}
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with beside.open("wb") as file:
@@ -174,10 +264,10 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: _Kind = _POSTERIOR) -> dict[str, Any]:
     """The content of a file, checked."""
     unreadable = (
-        f"{path} can't be read as a flowvi posterior: it is another kind of file, or damaged. Copy it again, or "
+        f"{path} can't be read as a flowvi {kind.noun}: it is another kind of file, or damaged. Copy it again, or "
         "fit and save anew."
     )
     with path.open("rb") as file:
@@ -189,17 +279,21 @@ def _read(path: Path) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise FileFormatError(unreadable) from error
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-        raise FileFormatError(f"{path} is not a flowvi posterior: it was written by something else.")
+    found = content.pop("format", None) if isinstance(content, dict) else None
+    for other in (_POSTERIOR, _DENSITY):
+        if found == other.format != kind.format:
+            raise FileFormatError(f"{path} holds a flowvi {other.noun}, not a {kind.noun}: use {other.reader}.")
+    if found != kind.format:
+        raise FileFormatError(f"{path} is not a flowvi {kind.noun}: it was written by something else.")
     version = content.pop("version", None)
-    if isinstance(version, int) and version > _VERSION:
+    if isinstance(version, int) and version > kind.version:
         raise FileFormatError(
             f"{path} has format version {version}, written by flowvi {content.get('flowvi')}; this flowvi "
-            f"({__version__}) reads up to {_VERSION}: pip install --upgrade flowvi."
+            f"({__version__}) reads up to {kind.version}: pip install --upgrade flowvi."
         )
-    if version != _VERSION or content.pop("digest", None) != _digest(content):
+    if version != kind.version or content.pop("digest", None) != _digest(content):
         raise FileFormatError(f"{path} is damaged (wrong checksum): copy it again, or fit and save anew.")
-    missing = _KEYS - content.keys()
+    missing = kind.keys - content.keys()
     if missing:
         raise FileFormatError(f"{path} lacks {', '.join(sorted(missing))}: fit and save anew.")
     return content

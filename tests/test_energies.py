@@ -422,3 +422,14 @@ def test_an_energy_of_ones_own():
 def test_bad_arguments(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("energy", [U1(), U1(wall=2.0), U2(), U2(wall=False), U3(), U4()], ids=repr)
+def test_gradients_by_hand_are_autograds(energy):
+    z = 3 * torch.randn(500, 2, dtype=torch.float64)
+    z[0] = 0.0
+    value, grad = energy.log_density_and_grad(z)
+    x = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(energy.log_density(x).sum(), x)
+    assert torch.allclose(value, energy.log_density(z), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(grad, expected, rtol=1e-9, atol=1e-9)

@@ -49,7 +49,7 @@ def check_files(out, name):
 
 def test_list():
     lines = invoke("list").splitlines()
-    assert [line.split()[0] for line in lines] == ["fig1", "fig3"]
+    assert [line.split()[0] for line in lines] == ["fig1", "fig3", "density"]
     assert "planar and radial flows" in lines[0]
 
 

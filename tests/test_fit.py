@@ -13,7 +13,8 @@ import torch
 
 import flowvi
 from flowvi import errors
-from flowvi.fit.engine import FlatParameters, Schedule
+from flowvi.fit.adam import FlatParameters
+from flowvi.fit.engine import Schedule
 from flowvi.fit.whiten import whiten
 
 QUIET = {"progress": False, "verify": False, "seed": 0}
@@ -107,7 +108,7 @@ def test_config_says_what_was_decided():
     posterior = flowvi.fit(flowvi.energies.U2(), num_flows=4, num_steps=60, **QUIET)
     expected = {"flow": "planar", "num_flows": 4, "base": "full", "num_steps": 60, "num_particles": 256, "seed": 0}
     assert expected.items() <= posterior.config.items()
-    assert posterior.config["gradient"] == "path"
+    assert posterior.config["gradient"] == "path and log-variance"
     assert posterior.config["stopped"] == "finished"
     assert set(posterior.timing) == {"trace", "steps"}
     assert len(posterior.history.elbo) == 60
@@ -311,3 +312,48 @@ def test_a_subsampled_model_is_fitted_without_bias_and_judged_on_all_its_data():
         torch.zeros(40).double(), 9 * torch.ones(40, 40) + torch.eye(40)
     ).log_prob(y)
     assert posterior.diagnose().log_evidence == pytest.approx(evidence.item(), abs=0.05)
+
+
+def regression(x, y):
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=y)
+
+
+def test_compile_is_tried_measured_and_told(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(20, 2)
+    options = {"args": (x, x.sum(-1)), "num_flows": 2, "num_steps": 20, "seed": 0, "verify": False, "progress": False}
+    plain = flowvi.fit(regression, compile=False, **options)
+    assert plain.config["compile"] == "no: compile=False"
+    assert "repay" in flowvi.fit(regression, **options).config["compile"]
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    without = flowvi.fit(regression, compile=True, **options)
+    assert "no: it can't be compiled here" in without.config["compile"]
+    assert without.timing["compile"] > 0
+    assert torch.equal(without.history.elbo, plain.history.elbo)
+
+    monkeypatch.setattr(torch, "compile", lambda flat, **_: lambda *inputs: tuple(2 * v for v in flat(*inputs)))
+    assert "gives other values" in flowvi.fit(regression, compile=True, **options).config["compile"]
+    with pytest.raises(errors.OptionError, match="compile must be"):
+        flowvi.fit(regression, compile="maybe", **options)
+
+
+@pytest.mark.slow
+def test_a_compiled_target_is_the_same_target():
+    x = torch.randn(20, 2, dtype=torch.float64)
+    for density in (
+        flowvi.as_density(regression, args=(x, x.sum(-1))),
+        flowvi.as_density(lambda z: -0.5 * (z - 1).square().sum(-1), dim=3, dtype=torch.float64),
+    ):
+        z = torch.randn(64, density.dim, dtype=torch.float64)
+        value, grad = density.value_and_grad(z)
+        report = density.compile(64)
+        assert report.compiled is not None or "can't be compiled" in report.reason
+        value_, grad_ = density.value_and_grad(z)
+        assert torch.allclose(value, value_, rtol=1e-9)
+        assert torch.allclose(grad, grad_, rtol=1e-9)

@@ -45,9 +45,10 @@ def gradient(objective, flow, target, seed, beta=1.0):
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.3])
-def test_path_and_standard_gradients_agree_in_expectation(beta):
+@pytest.mark.parametrize("kind", [flowvi.PathELBO, flowvi.BalancedELBO])
+def test_path_and_standard_gradients_agree_in_expectation(beta, kind):
     flow, target = random_flow(), Target()
-    path = torch.stack([gradient(flowvi.PathELBO(500), flow, target, s, beta) for s in range(100)])
+    path = torch.stack([gradient(kind(500), flow, target, s, beta) for s in range(100)])
     standard = torch.stack([gradient(flowvi.ELBO(500), flow, target, s, beta) for s in range(100)])
     error = (path.var(0) + standard.var(0)).sqrt() / 10
     live = error > 0
@@ -77,6 +78,7 @@ def test_path_gradient_is_zero_sample_by_sample_where_q_is_p():
 
     for seed in range(5):
         assert gradient(flowvi.PathELBO(1), flow, Same(), seed).abs().max() < 1e-9
+        assert gradient(flowvi.BalancedELBO(8), flow, Same(), seed).abs().max() < 1e-9
         assert gradient(flowvi.ELBO(1), flow, Same(), seed).abs().max() > 1e-3
 
 
@@ -97,8 +99,22 @@ def test_bad_particles_are_left_out_of_the_mean():
         def value_and_grad(self, z):
             return torch.full((len(z),), -math.inf).to(z), torch.full_like(z, math.nan)
 
-    for objective in (flowvi.PathELBO(8), flowvi.ELBO(8)):
+    for objective in (flowvi.PathELBO(8), flowvi.BalancedELBO(8), flowvi.ELBO(8)):
         assert (gradient(objective, flow, Nothing(), 0) == 0).all()
+
+
+def test_the_log_variance_part_sees_the_masses_of_far_modes(monkeypatch):
+    # q and p are mixtures of the same two far modes, .7/.3 and .5/.5: no sample is between them.
+    monkeypatch.setattr("flowvi.objectives.BALANCE_FALL", 0.0)
+    x = torch.randn(4000, 1, dtype=F64)
+    right = (torch.arange(4000) < 2800).double()
+    log_q = -0.5 * x[:, 0] ** 2 + torch.where(right == 1, math.log(0.7), math.log(0.3))
+    log_p = -0.5 * x[:, 0] ** 2 + math.log(0.5)
+    g_z, g_log_q, _ = flowvi.BalancedELBO(4000).cotangents(log_q, log_p, -x, -x, 1.0)
+    assert flowvi.PathELBO(4000).cotangents(log_q, log_p, -x, -x, 1.0)[0].abs().max() == 0
+    # d KL / d logit of .7: d log q = .3 on the right, -.7 on the left.
+    found = (g_log_q * torch.where(right == 1, 0.3, -0.7)).sum()
+    assert found.item() == pytest.approx(0.9 * 0.7 * 0.3 * math.log(0.7 / 0.3), rel=1e-3)
 
 
 def test_linear_anneal_is_equation_20():

@@ -37,6 +37,22 @@ class _Plane(Energy):
         at = self.wall_at
         return 0.0 if at is None else 0.5 * ((z1.abs() - at).clamp_min(0) / self.softness).square()
 
+    def _wall_force(self, z1: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """The wall's energy, and minus its derivative."""
+        at = self.wall_at
+        if at is None:
+            return 0.0, 0.0
+        over = (z1 - z1.clamp(-at, at)) / self.softness
+        return 0.5 * over * over, over / -self.softness
+
+    def log_density_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """-U(z) (S,) and its gradient (S, D), by hand: a training step asks for nothing else, thousands of times.
+
+        Args:
+            z: (S, 2).
+        """
+        raise NotImplementedError
+
     @property
     def box(self) -> Box:
         """Two units beyond the wall in z1, and all of the mass in z2."""
@@ -87,6 +103,21 @@ class U1(_Plane):
         modes = torch.logaddexp(-0.5 * ((z1 - 2) / 0.6).square(), -0.5 * ((z1 + 2) / 0.6).square())
         return self._ring_energy(z) - modes + self._wall_energy(z1)
 
+    def log_density_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_Plane`. With v = 2 z1 / .36, the log of the two modes' sum is -(z1^2 + 4) / .72 + log(2 cosh v)."""
+        z1 = z[:, 0]
+        r = torch.linalg.vector_norm(z, dim=-1)
+        off = (r - 2) / 0.4
+        v = z1 * (2 / 0.36)
+        size = v.abs()
+        wall, force = self._wall_force(z1)
+        log_cosh = size + torch.log1p(torch.exp(-2 * size))  # log(2 cosh v)
+        value = log_cosh - 0.5 * off * off - (z1 * z1 + 4) * (0.5 / 0.36) - wall
+        # towards 0 the unit vector has no limit; the gradient there is 0, as autograd's is
+        grad = z * (off / (-0.4 * r.clamp_min(1e-30))).unsqueeze(-1)
+        grad[:, 0] += torch.tanh(v) * (2 / 0.36) - z1 / 0.36 + force
+        return value, grad
+
     @cached_property
     def _log_normalizer(self) -> float:
         return self.log_mass()
@@ -129,6 +160,29 @@ class _Band(_Plane):
         for centre, scale in others:
             log_p = torch.logaddexp(log_p, -0.5 * ((z2 - centre) / scale).square())
         return self._wall_energy(z1) - log_p
+
+    def _slopes(self, z1: Tensor) -> list[Tensor | float]:
+        """The derivative of each centre with respect to z1."""
+        raise NotImplementedError
+
+    def log_density_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_Plane`."""
+        z1, z2 = z[:, 0], z[:, 1]
+        parts = self._components(z1)
+        off = [(z2 - centre) / scale for centre, scale in parts]
+        pulls = [o / scale for o, (_, scale) in zip(off, parts, strict=True)]
+        slopes = self._slopes(z1)
+        wall, force = self._wall_force(z1)
+        if len(parts) == 1:
+            value = -0.5 * off[0] * off[0]
+            down, along = pulls[0], pulls[0] * slopes[0]
+        else:
+            a, b = (-0.5 * o * o for o in off)
+            share = torch.sigmoid(a - b)
+            value = torch.logaddexp(a, b)
+            first, second = share * pulls[0], (1 - share) * pulls[1]
+            down, along = first + second, first * slopes[0] + second * slopes[1]
+        return value - wall, torch.stack([along + force, -down], -1)
 
     def _width(self) -> float:
         """The integral of the z1 marginal: flat inside, one half of a normal outside each wall."""
@@ -174,6 +228,10 @@ def _w1(z1: Tensor) -> Tensor:
     return torch.sin(2 * math.pi * z1 / 4)
 
 
+def _w1_slope(z1: Tensor) -> Tensor:
+    return torch.cos(z1 * (math.pi / 2)) * (math.pi / 2)
+
+
 @dataclass(frozen=True)
 class U2(_Band):
     """U2(z) = ((z2 - w1)/.4)^2 / 2 + wall, with w1 = sin(2 pi z1 / 4).
@@ -196,6 +254,9 @@ class U2(_Band):
     def _components(self, z1: Tensor) -> list[tuple[Tensor, float]]:
         return [(_w1(z1), 0.4)]
 
+    def _slopes(self, z1: Tensor) -> list[Tensor | float]:
+        return [_w1_slope(z1)]
+
 
 @dataclass(frozen=True)
 class U3(_Band):
@@ -213,6 +274,11 @@ class U3(_Band):
         w1, w2 = _w1(z1), 3 * torch.exp(-0.5 * ((z1 - 1) / 0.6).square())
         return [(w1, 0.35), (w1 - w2, 0.35)]
 
+    def _slopes(self, z1: Tensor) -> list[Tensor | float]:
+        x = (z1 - 1) / 0.6
+        slope = _w1_slope(z1)
+        return [slope, slope + torch.exp(-0.5 * x * x) * x * (3 / 0.6)]
+
 
 @dataclass(frozen=True)
 class U4(_Band):
@@ -229,3 +295,8 @@ class U4(_Band):
     def _components(self, z1: Tensor) -> list[tuple[Tensor, float]]:
         w1, w3 = _w1(z1), 3 * torch.sigmoid((z1 - 1) / 0.3)
         return [(w1, 0.4), (w1 - w3, 0.35)]
+
+    def _slopes(self, z1: Tensor) -> list[Tensor | float]:
+        s = torch.sigmoid((z1 - 1) / 0.3)
+        slope = _w1_slope(z1)
+        return [slope, slope - s * (1 - s) * (3 / 0.3)]

@@ -9,18 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from flowvi.fit.adam import FlatAdam, FlatParameters
+from flowvi.fit.steps import make_step
 from flowvi.flow import Flow
 from flowvi.objectives import ELBO, Target
 
 WARM_UP = 50
 """Steps over which the step size grows from 0: Adam's second moment is noise before that."""
-
-CLIP = 10.0
-"""A gradient longer than this many times its running length is cut to it: rare, and a sign of a bad particle."""
-
 
 SMALL = 1_000_000
 """Work per step, S D K, below which a second thread costs more than it brings (measured on two cores)."""
@@ -55,6 +53,7 @@ class Record:
         nonfinite_particles: particles left out because log p, log q or a gradient was not finite.
         seconds: wall-clock time in the loop.
         stopped: why it ended: "finished" or "interrupted".
+        fused: whether the steps had no tape.
     """
 
     elbo: Tensor
@@ -63,34 +62,16 @@ class Record:
     nonfinite_particles: int = 0
     seconds: float = 0.0
     stopped: str = "finished"
+    fused: bool = False
 
-
-class FlatParameters:
-    """The parameters of a module as one vector; the module's own become views of it while this is in use.
-
-    One vector means one fused optimizer step and one norm, however many parameters there are.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        with torch.no_grad():
-            self.vector = torch.cat([p.reshape(-1) for p in self.parameters])
-            self.grad = torch.zeros_like(self.vector)
-            self._saved_grads = [p.grad for p in self.parameters]
-            for p, value, grad in zip(self.parameters, *map(self._split, (self.vector, self.grad)), strict=True):
-                p.data, p.grad = value, grad
-        self.vector.grad = self.grad
-
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        parts = vector.split([p.numel() for p in self.parameters])
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
-
-    def release(self) -> None:
-        """Give every parameter its own storage again, with its present value."""
-        with torch.no_grad():
-            for p, grad in zip(self.parameters, self._saved_grads, strict=True):
-                p.data, p.grad = p.data.clone(), grad
-                p.copy_(p)  # a new version, so that no transform's cache is taken for fresh
+    def extend(self, later: Record) -> None:
+        """Add what another loop saw after this one."""
+        self.elbo = torch.cat([self.elbo, later.elbo])
+        self.beta += later.beta
+        self.skipped_steps += later.skipped_steps
+        self.nonfinite_particles += later.nonfinite_particles
+        self.seconds += later.seconds
+        self.fused = later.fused
 
 
 def optimize(
@@ -117,42 +98,32 @@ def optimize(
         description: the bar's label.
     """
     flat = FlatParameters(flow.module)
-    adam = torch.optim.Adam([flat.vector], lr=schedule.lr, fused=True)
-    group = adam.param_groups[0]
-    record = Record(elbo=torch.full((schedule.num_steps,), math.nan, dtype=torch.float64))
-    typical: float | None = None  # the running length of the gradient
+    adam = FlatAdam(flat.vector, flat.grad)
+    one_step = make_step(flow, target, objective, flat)
+    elbo = torch.full((schedule.num_steps,), math.nan, dtype=torch.float64, device=flat.vector.device)
+    num_valid = torch.full_like(elbo, objective.num_particles)
+    record = Record(elbo=elbo, fused=one_step.fused)
     start = time.perf_counter()
-    step = 0
     bar = tqdm(total=schedule.num_steps, desc=description, disable=None if progress is None else not progress)
     try:
         for step in range(schedule.num_steps):
-            flat.grad.zero_()
             beta = objective.beta(step)
-            seen = objective.backward(flow, target, beta=beta, generator=generator)
-            num_valid = int(seen.valid.sum())
-            record.nonfinite_particles += seen.valid.numel() - num_valid
-            record.elbo[step] = _mean_elbo(seen.log_p, seen.log_q, seen.valid, num_valid)
+            num, value = one_step(beta, generator)
+            num_valid[step], elbo[step] = num, value
             record.beta.append(beta)
-            norm = float(torch.linalg.vector_norm(flat.grad))
-            if num_valid == 0 or not math.isfinite(norm):
-                record.skipped_steps += 1
-            else:
-                typical = norm if typical is None else typical
-                if norm > CLIP * typical:
-                    flat.grad.mul_(CLIP * typical / norm)
-                    norm = CLIP * typical
-                typical = 0.98 * typical + 0.02 * norm
-                group["lr"] = schedule.lr_at(step)
-                adam.step()
-            if step % 20 == 19:
+            adam.step(schedule.lr_at(step), num > 0)
+            if step % 20 == 19 and not bar.disable:
                 bar.update(20)
-                _show(bar, record, step)
+                bar.set_postfix_str(f"ELBO {float(elbo[max(0, step - 99) : step + 1].nanmean()):.2f}", refresh=False)
     except KeyboardInterrupt:
         record.stopped = "interrupted"
     finally:
         bar.close()
         flat.release()
-    record.elbo = record.elbo[: len(record.beta)]
+    taken = len(record.beta)
+    record.elbo = elbo[:taken].cpu()
+    record.nonfinite_particles = int((objective.num_particles - num_valid[:taken]).sum())
+    record.skipped_steps = adam.skipped
     record.seconds = time.perf_counter() - start
     return record
 
@@ -173,23 +144,14 @@ def seconds_per_step(
     flow: Flow, target: Target, objective: ELBO, *, generator: torch.Generator, num_steps: int = 10
 ) -> float:
     """What a step costs here, measured on a few that are not taken."""
+    flat = FlatParameters(flow.module)
     times = []
-    for _ in range(num_steps):
-        start = time.perf_counter()
-        objective.backward(flow, target, generator=generator)
-        times.append(time.perf_counter() - start)
-    for p in flow.parameters():
-        p.grad = None
+    try:
+        one_step = make_step(flow, target, objective, flat)
+        for _ in range(num_steps):
+            start = time.perf_counter()
+            one_step(1.0, generator)
+            times.append(time.perf_counter() - start)
+    finally:
+        flat.release()
     return sorted(times)[num_steps // 2]
-
-
-def _mean_elbo(log_p: Tensor, log_q: Tensor, valid: Tensor, num_valid: int) -> float:
-    if num_valid == 0:
-        return math.nan
-    return float(torch.where(valid, log_p - log_q, 0.0).sum()) / num_valid
-
-
-def _show(bar: tqdm, record: Record, step: int) -> None:
-    if not bar.disable:
-        smooth = record.elbo[max(0, step - 99) : step + 1].nanmean()
-        bar.set_postfix_str(f"ELBO {float(smooth):.2f}", refresh=False)

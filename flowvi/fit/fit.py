@@ -7,30 +7,30 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError, UntrustedWarning
 from flowvi.fit.engine import Record, Schedule, one_thread_if_small, optimize, seconds_per_step
+from flowvi.fit.rounds import ROUND_STEPS, SECONDS, Check, as_plain, run_rounds
 from flowvi.fit.whiten import Gaussian
 from flowvi.fit.whiten import whiten as whiten_
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
-from flowvi.objectives import ELBO, LinearAnneal, PathELBO
+from flowvi.objectives import ELBO, BalancedELBO, LinearAnneal
 from flowvi.posterior import History, Posterior
 from flowvi.targets import LogDensity, as_density
-from flowvi.transforms.registry import lookup
+from flowvi.targets.compiling import CompileReport
+from flowvi.transforms.registry import FlowEntry, lookup
 
 __all__ = ["fit"]
 
 NUM_PARTICLES = 256
 NUM_STEPS, NUM_STEPS_WHITENED = 4000, 3000
-LR = 4e-2
 ANNEAL_FRACTION = 0.3
-AUTO_FLOW, AUTO_NUM_FLOWS = "planar", 32
-FEW_FLOWS = 4  # of a flow whose layers are not fused: each is a deep map by itself
+AUTO_FLOW = "planar"
 MIN_STEPS = 200
 
 
@@ -54,6 +54,7 @@ def fit(
     seed: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    compile: bool | str | None = "auto",
     progress: bool | None = None,
     verify: bool | None = None,
     **options: Any,
@@ -71,23 +72,29 @@ def fit(
         args: the model's arguments.
         kwargs: the model's keyword arguments.
         dim: D of a callable.
-        flow: a registered name, or factory(input_dim, **options) such as Pyro's; "auto" is planar.
-        num_flows: K; 32 for planar and radial, 4 for others.
+        flow: a registered name, or factory(input_dim, **options) such as Pyro's. "auto" is planar; with
+            `num_flows` and `num_steps` unset it trains in rounds, adds layers while they pay, and stops by itself
+            (`flowvi.fit.rounds`).
+        num_flows: K; 32 for planar and radial, 4 to 8 for others: `flowvi.transforms.registry` knows.
         num_steps: steps of Adam; 3000 after whitening, else 4000.
         num_particles: S, draws per step; 256.
-        lr: the largest step size; 4e-2.
+        lr: the largest step size; 4e-2 for planar and radial, 1e-2 for flows with networks.
         anneal: True for beta from .01 to 1 over the first 30% of the steps, False for none, or a schedule
             step -> beta. None: for energies, and where the whitening's starts disagree.
         whiten: whether the best Gaussian is fitted first. None: for models and callables.
         objective: an estimator in place of `num_particles` and `anneal`, such as ``flowvi.ELBO(64)``. None:
-            the path gradient where the flow has a path score, else the standard one.
+            `flowvi.BalancedELBO` where the flow has a path score, else the standard one.
         base: the affine layer after the flow, "diag", "low_rank" or "full"; by default full up to D = 200.
         restarts: fits from different seeds, of which the one with the best ELBO is kept; 1.
-        time_limit: seconds for the steps: their number is cut, by a measured rate, to what fits in.
+        time_limit: seconds for the steps: their number is cut, by a measured rate, to what fits in. "auto" stops
+            after 60 s if it did not stop before.
         seed: makes the fit reproducible (same machine, same threads); drawn if None. The global random state
             is left alone either way.
         device: where to compute; the model's arguments are moved there.
         dtype: of the computation; torch's default, or float64 if an argument is.
+        compile: whether the target's value and gradient go through Inductor: "auto" (or None) for a model whose
+            steps to come would repay it, True in any case, False never. What is measured to be faster is kept;
+            without a C++ compiler nothing changes. ``posterior.config["compile"]`` says what was used, and why.
         progress: whether bars are shown; None shows them in a terminal or notebook.
         verify: whether the result is diagnosed and a plain warning given if it can't be trusted; True.
         **options: what the flow's factory takes.
@@ -107,12 +114,15 @@ def fit(
     """
     _check_counts(num_steps=num_steps, num_particles=num_particles, restarts=restarts)
     _check_positive(lr=lr, time_limit=time_limit)
+    if compile not in (None, True, False, "auto"):
+        raise OptionError(f"compile must be 'auto', True, False or None, not {compile!r}.")
     if objective is not None and (num_particles is not None or anneal is not None):
         raise OptionError("give either objective=, or num_particles= and anneal=: the objective has its own.")
     name = AUTO_FLOW if isinstance(flow, str) and flow == "auto" else flow
+    num_flows_asked = num_flows
+    entry = lookup(name) if isinstance(name, str) else FlowEntry(name)
     if num_flows is None:
-        fused = isinstance(name, str) and lookup(name).stack is not None
-        num_flows = AUTO_NUM_FLOWS if fused else FEW_FLOWS
+        num_flows = entry.num_flows
     seed = secrets.randbits(31) if seed is None else seed
 
     timing: dict[str, float] = {}
@@ -128,12 +138,14 @@ def fit(
     plan = Plan(
         num_steps=num_steps or (NUM_STEPS_WHITENED if whiten else NUM_STEPS),
         num_particles=num_particles or NUM_PARTICLES,
-        lr=lr or LR,
+        lr=lr or entry.lr,
         anneal=anneal if anneal is not None or not is_energy else True,
         whiten=whiten,
         objective=objective,
         time_limit=None if time_limit is None else time_limit / (restarts or 1),
+        compile=compile,
         progress=progress,
+        rounds=flow == "auto" and num_flows_asked is None and num_steps is None and not options,
     )
     tries = []
     with one_thread_if_small(plan.num_particles * density.dim * max(1, num_flows)):
@@ -181,7 +193,9 @@ class Plan:
     whiten: bool
     objective: ELBO | None
     time_limit: float | None
+    compile: bool | str | None
     progress: bool | None
+    rounds: bool
 
 
 class Attempt(NamedTuple):
@@ -216,20 +230,73 @@ def _attempt(
         )
         _add(timing, "whiten", start)
         decided["starts_agree"] = gaussian.agree
-    flow = _start(spec, factory, density, gaussian, seed)
+    flow = _start(replace(spec, num_flows=0) if plan.rounds else spec, factory, density, gaussian, seed)
     anneal = plan.anneal
     if anneal is None:
         anneal = gaussian is not None and not gaussian.agree
     num_steps = plan.num_steps
 
-    def make_objective(num_steps: int) -> ELBO:
+    def make_objective(num_steps: int | None) -> ELBO:
         if plan.objective is not None:
             return plan.objective
-        schedule = LinearAnneal(max(1, round(ANNEAL_FRACTION * num_steps))) if anneal is True else anneal or None
-        kind = PathELBO if flow.has_path_score else ELBO
+        schedule = None
+        if anneal and num_steps is not None:
+            schedule = LinearAnneal(max(1, round(ANNEAL_FRACTION * num_steps))) if anneal is True else anneal
+        kind = BalancedELBO if flow.has_path_score else ELBO
         return kind(plan.num_particles, anneal=schedule)
 
+    compiled = None
+    if plan.compile is not False:
+        start = time.perf_counter()
+        num_calls = None if plan.compile is True else num_steps
+        compiled = density.compile(make_objective(1).num_particles, num_calls=num_calls)
+        if compiled.seconds:
+            _add(timing, "compile", start)
     start = time.perf_counter()
+    checks: list[Check] = []
+    objective = make_objective(num_steps)
+    if plan.rounds:
+        flow, record, checks = run_rounds(
+            flow,
+            density,
+            make_objective,
+            lr=plan.lr,
+            first_steps=NUM_STEPS if anneal else ROUND_STEPS,
+            annealed=bool(anneal),
+            whitened=plan.whiten,
+            seconds=plan.time_limit or SECONDS,
+            seed=seed,
+            generator=generator,
+            progress=plan.progress,
+        )
+        num_steps = len(record.beta)
+    else:
+        num_steps, objective, record = _steps(flow, density, make_objective, plan, spec, generator)
+    _add(timing, "steps", start)
+    decided |= {
+        "num_flows": flow.spec.num_flows if flow.spec is not None else spec.num_flows,
+        "num_steps": num_steps,
+        "num_particles": objective.num_particles,
+        "lr": plan.lr,
+        "anneal": repr(objective.anneal) if objective.anneal is not None else None,
+        "gradient": objective.gradient,
+        "step": "without a tape" if record.fused else "by autograd",
+        "compile": _words(compiled),
+        "rounds": as_plain(checks),
+    }
+    return Attempt(_fresh_elbo(flow, density, generator), flow, record, decided)
+
+
+def _steps(
+    flow: Flow,
+    density: LogDensity,
+    make_objective: Callable[[int | None], ELBO],
+    plan: Plan,
+    spec: FlowSpec,
+    generator: torch.Generator,
+) -> tuple[int, ELBO, Record]:
+    """One run of the asked number of steps, or of what fits in the time limit."""
+    num_steps = plan.num_steps
     if plan.time_limit is not None:
         cost = seconds_per_step(flow, density, make_objective(1), generator=generator)
         num_steps = min(num_steps, max(MIN_STEPS, int(plan.time_limit / cost)))
@@ -243,15 +310,7 @@ def _attempt(
         progress=plan.progress,
         description=f"{spec.name} K={spec.num_flows}",
     )
-    _add(timing, "steps", start)
-    decided |= {
-        "num_steps": num_steps,
-        "num_particles": objective.num_particles,
-        "lr": plan.lr,
-        "anneal": repr(objective.anneal) if objective.anneal is not None else None,
-        "gradient": "path" if objective.path else "standard",
-    }
-    return Attempt(_fresh_elbo(flow, density, generator), flow, record, decided)
+    return num_steps, objective, record
 
 
 def _start(
@@ -304,6 +363,16 @@ def _report_trouble(record: Record, num_particles: int) -> None:
             ),
             stacklevel=3,
         )
+
+
+def _words(report: CompileReport | None) -> str:
+    """What became of compiling, for ``posterior.config``."""
+    if report is None:
+        return "no: compile=False"
+    speed = ""
+    if report.compiled is not None:
+        speed = f" ({1e3 * report.compiled:.3g} ms a call compiled, {1e3 * report.flat:.3g} ms flat)"
+    return f"{'yes' if report.used else 'no'}: {report.reason}{speed}"
 
 
 def _add(timing: dict[str, float], phase: str, start: float) -> None:

@@ -1,5 +1,34 @@
-"""The recurrences behind planar and radial flows, and the operators made of them."""
+"""The recurrences behind planar and radial flows, compiled where they can be.
 
-from flowvi.kernels.operators import planar_root, planar_stack, radial_stack
+`planar_stack` and the like are operators with gradients; `planar_step` and `radial_step` are the same work
+bound to memory, for a training loop; `use` chooses what does it. The reference of all is the plain torch of
+`planar`, `radial` and `root`.
+"""
 
-__all__ = ["planar_root", "planar_stack", "radial_stack"]
+from flowvi.kernels.dispatch import in_use, use
+from flowvi.kernels.functions import (
+    planar_root,
+    planar_stack,
+    planar_stack_inverse,
+    planar_stack_score,
+    radial_stack,
+    radial_stack_inverse,
+    radial_stack_score,
+)
+from flowvi.kernels.step import PlanarStep, RadialStep, planar_step, radial_step
+
+__all__ = [
+    "PlanarStep",
+    "RadialStep",
+    "in_use",
+    "planar_root",
+    "planar_stack",
+    "planar_stack_inverse",
+    "planar_stack_score",
+    "planar_step",
+    "radial_stack",
+    "radial_stack_inverse",
+    "radial_stack_score",
+    "radial_step",
+    "use",
+]

@@ -27,6 +27,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowvi.kernels.root import planar_root
+
 CONSTRAINTS = ("squareplus", "softplus")
 
 _FADE = 1e-8  # |w|^2 below which a layer fades to the identity
@@ -101,8 +103,17 @@ def _gram(w: Tensor, u_hat: Tensor) -> Tensor:
     return w @ u_hat.mT
 
 
+def _add_product(row: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:
+    """Add sum_j coefficients[..., j] rows[..., j, :] to row (..., S), in place."""
+    if row.dim() == 1:
+        return row.addmv_(rows.mT, coefficients)
+    return row.add_((coefficients.unsqueeze(-2) @ rows).squeeze(-2))
+
+
 def stack_forward(x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor, Tensor]:
     """K layers at once: y (S, D), log|det| (S,), and t (K, S), which the backward pass needs.
+
+    The same dimensions may stand in front of all of them: a stack of its own for every datum, say.
 
     Args:
         x: points, (S, D).
@@ -113,15 +124,15 @@ def stack_forward(x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -
     """
     u_hat, one_plus_m = constrain(w, u, constraint)
     gram = _gram(w, u_hat)
-    t = torch.addmm(b.unsqueeze(-1), w, x.mT)
-    rows = t.unbind(0)
+    t = w @ x.mT + b.unsqueeze(-1)
+    rows = t.unbind(-2)
     if len(rows):
         rows[0].tanh_()
     for k in range(1, len(rows)):
-        rows[k].addmv_(t[:k].mT, gram[k, :k]).tanh_()
+        _add_product(rows[k], t[..., :k, :], gram[..., k, :k]).tanh_()
     tt = t * t
     det = tt + (1 - tt) * one_plus_m.unsqueeze(-1)
-    return torch.addmm(x, t.mT, u_hat), det.log_().sum(0), t
+    return x + t.mT @ u_hat, det.log_().sum(-2), t
 
 
 def stack_backward(
@@ -137,6 +148,7 @@ def stack_backward(
     """The transpose of `stack_forward`: gradients to x (S, D), w (K, D), u (K, D), b (K,).
 
     A missing cotangent (None) counts as zero and costs nothing: the path gradient has none for log|det|.
+    Dimensions in front as in `stack_forward`.
     """
     u_hat, one_plus_m = constrain(w, u, constraint)
     gram = _gram(w, u_hat)
@@ -144,20 +156,20 @@ def stack_backward(
     g_a = u_hat @ g_y.mT if g_y is not None else torch.zeros_like(t)
     g_one_plus_m = torch.zeros_like(b)
     if g_log_det is not None:
-        ratio = g_log_det / (t * t + h * one_plus_m.unsqueeze(-1))
+        ratio = g_log_det.unsqueeze(-2) / (t * t + h * one_plus_m.unsqueeze(-1))
         g_a.addcmul_(t * ratio, (1 - one_plus_m).unsqueeze(-1), value=2)
         g_one_plus_m = (h * ratio).sum(-1)
-    rows, slopes = g_a.unbind(0), h.unbind(0)
+    rows, slopes = g_a.unbind(-2), h.unbind(-2)
     for k in range(len(rows) - 1, -1, -1):
         if k + 1 < len(rows):
-            rows[k].addmv_(g_a[k + 1 :].mT, gram[k + 1 :, k])
+            _add_product(rows[k], g_a[..., k + 1 :, :], gram[..., k + 1 :, k])
         rows[k].mul_(slopes[k])
     g_gram = torch.tril(g_a @ t.mT, -1)
     g_w = g_a @ x + g_gram @ u_hat
     g_u_hat = g_gram.mT @ w
     g_x = g_a.mT @ w
     if g_y is not None:
-        g_u_hat = torch.addmm(g_u_hat, t, g_y)
+        g_u_hat = g_u_hat + t @ g_y
         g_x = g_x + g_y
     g_w_constraint, g_u = constrain_backward(g_u_hat, g_one_plus_m, w, u, constraint)
     return g_x, g_w + g_w_constraint, g_u, g_a.sum(-1)
@@ -175,9 +187,23 @@ def stack_score(score: Tensor, w: Tensor, u: Tensor, t: Tensor, constraint: str,
     det = t * t + h * one_plus_m.unsqueeze(-1)
     drive = torch.zeros_like(t) if not log_det else 2 * t * h * (one_plus_m - 1).unsqueeze(-1) / det
     c = u_hat @ score.mT  # becomes the coefficients, row by row
-    rows, drives, slopes, dets = c.unbind(0), drive.unbind(0), h.unbind(0), det.unbind(0)
+    rows, drives, slopes, dets = c.unbind(-2), drive.unbind(-2), h.unbind(-2), det.unbind(-2)
     for k in range(len(rows)):
         if k:
-            rows[k].addmv_(c[:k].mT, gram[:k, k])
+            _add_product(rows[k], c[..., :k, :], gram[..., :k, k])
         rows[k].mul_(slopes[k]).neg_().add_(drives[k]).div_(dets[k])
-    return torch.addmm(score, c.mT, w)
+    return score + c.mT @ w
+
+
+def stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
+    """X (S, D) with `stack_forward` (x) = y, and its t (K, S): one scalar equation for each layer and particle.
+
+    Dimensions in front as in `stack_forward`.
+    """
+    u_hat, one_plus_m = constrain(w, u, constraint)
+    rows = []
+    for k in range(w.shape[-2] - 1, -1, -1):
+        c = (y * w[..., k, None, :]).sum(-1) + b[..., k, None]
+        rows.append(torch.tanh(planar_root(c, one_plus_m[..., k, None])))
+        y = y - rows[-1].unsqueeze(-1) * u_hat[..., k, None, :]
+    return y, torch.stack(rows[::-1], -2) if rows else y.new_empty(*b.shape, y.shape[-2])

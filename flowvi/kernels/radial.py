@@ -89,10 +89,26 @@ def _log_det_slope(r: Tensor, alpha: Tensor, s: Tensor, dim: int) -> Tensor:
     return (dim - 1) * (alpha - s) / ((r + s) * reach) + 2 * reach / (alpha * s + 2 * alpha * r + r * r) - 2 / reach
 
 
-def stack_forward(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K layers: y (S, D), log|det| (S,), and for the backward pass every layer's input (K, S, D) and r (K, S).
+def _gains(r: Tensor, alpha: Tensor, s: Tensor) -> Tensor:
+    return (r + s) / (alpha + r)
 
-    The inputs are kept, not rebuilt from y: dividing by g undoes a contraction and would amplify rounding.
+
+def _inputs(x: Tensor, z0: Tensor, g: Tensor) -> list[Tensor]:
+    """Every layer's input (S, D), rebuilt from x by the forward pass's own sums, with g (K, S) known.
+
+    Not from y: dividing by g undoes a contraction and would amplify rounding.
+    """
+    inputs = []
+    for centre, gain in zip(z0.unsqueeze(-2).unbind(-3), g.unsqueeze(-1).unbind(-3), strict=True):
+        inputs.append(x)
+        x = torch.addcmul(centre, x - centre, gain)
+    return inputs
+
+
+def stack_forward(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """K layers: y (S, D), log|det| (S,), and r (K, S), which the backward pass needs.
+
+    The same dimensions may stand in front of all of them: a stack of its own for every datum, say.
 
     Args:
         x: points, (S, D).
@@ -100,24 +116,24 @@ def stack_forward(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tu
         raw_alpha: raw alpha, (K,).
         raw_s: raw s, (K,).
     """
-    alpha, s = positive(raw_alpha), positive(raw_s)
-    inputs = x.new_empty(z0.shape[0], *x.shape)
-    r = x.new_empty(z0.shape[0], x.shape[0])
-    for k in range(z0.shape[0]):
-        inputs[k] = x
-        offset = x - z0[k]
-        torch.linalg.vector_norm(offset, dim=-1, out=r[k])
-        g = (r[k] + s[k]) / (r[k] + alpha[k])
-        x = torch.addcmul(z0[k], offset, g.unsqueeze(-1))
-    g, h2 = _factors(r, alpha.unsqueeze(-1), s.unsqueeze(-1))
-    log_det = torch.log(g).sum(0).mul_(x.shape[-1] - 1).add_(torch.log(h2).sum(0))
-    return x.clone() if z0.shape[0] == 0 else x, log_det, inputs, r
+    alpha, s = positive(raw_alpha).unsqueeze(-1), positive(raw_s).unsqueeze(-1)
+    r = x.new_empty(*raw_s.shape, x.shape[-2])
+    y = x
+    for k in range(raw_s.shape[-1]):
+        centre = z0[..., k, None, :]
+        offset = y - centre
+        r[..., k, :] = torch.linalg.vector_norm(offset, dim=-1)
+        gain = _gains(r[..., k, :], alpha[..., k, :], s[..., k, :])
+        y = torch.addcmul(centre, offset, gain.unsqueeze(-1))
+    g, h2 = _factors(r, alpha, s)
+    log_det = torch.log(g).sum(-2).mul_(x.shape[-1] - 1).add_(torch.log(h2).sum(-2))
+    return y.clone() if y is x else y, log_det, r
 
 
 def stack_backward(
     g_y: Tensor | None,
     g_log_det: Tensor | None,
-    inputs: Tensor,
+    x: Tensor,
     z0: Tensor,
     raw_alpha: Tensor,
     raw_s: Tensor,
@@ -125,43 +141,62 @@ def stack_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The transpose of `stack_forward`: gradients to x (S, D), z0 (K, D), raw_alpha (K,), raw_s (K,).
 
-    A missing cotangent (None) counts as zero.
+    A missing cotangent (None) counts as zero. Dimensions in front as in `stack_forward`.
     """
     dim = z0.shape[-1]
     alpha, s = positive(raw_alpha).unsqueeze(-1), positive(raw_s).unsqueeze(-1)
-    g, _ = _factors(r, alpha, s)
+    g = _gains(r, alpha, s)
     reach, inner = alpha + r, r + s
     # What log|det| = (D - 1) log g + log h2 pulls on r, alpha and s.
     if g_log_det is None:
         pull_r = pull_alpha = pull_s = torch.zeros_like(r)
     else:
+        weight = g_log_det.unsqueeze(-2)
         quad = alpha * s + 2 * alpha * r + r * r
-        pull_r = g_log_det * _log_det_slope(r, alpha, s, dim)
-        pull_alpha = g_log_det * ((1 - dim) / reach + (s + 2 * r) / quad - 2 / reach)
-        pull_s = g_log_det * ((dim - 1) / inner + alpha / quad)
-    cot = g_y if g_y is not None else torch.zeros_like(inputs[0])
+        pull_r = weight * _log_det_slope(r, alpha, s, dim)
+        pull_alpha = weight * ((1 - dim) / reach + (s + 2 * r) / quad - 2 / reach)
+        pull_s = weight * ((dim - 1) / inner + alpha / quad)
+    cot = g_y if g_y is not None else torch.zeros_like(x)
+    inputs = _inputs(x, z0, g)
     g_z0, g_g = torch.empty_like(z0), torch.empty_like(r)
     dg_dr = (alpha - s) / (reach * reach)
-    for k in range(z0.shape[0] - 1, -1, -1):
-        offset = inputs[k] - z0[k]
-        g_g[k] = (cot * offset).sum(-1)
-        along = torch.addcmul(pull_r[k], g_g[k], dg_dr[k])
-        g_x = torch.addcmul(cot * g[k].unsqueeze(-1), _unit(offset, r[k]), along.unsqueeze(-1))
-        g_z0[k] = (cot - g_x).sum(0)
+    for k in range(len(inputs) - 1, -1, -1):
+        offset = inputs[k] - z0[..., k, None, :]
+        row = r[..., k, :]
+        g_g[..., k, :] = (cot * offset).sum(-1)
+        along = torch.addcmul(pull_r[..., k, :], g_g[..., k, :], dg_dr[..., k, :])
+        g_x = torch.addcmul(cot * g[..., k, :, None], _unit(offset, row), along.unsqueeze(-1))
+        g_z0[..., k, :] = (cot - g_x).sum(-2)
         cot = g_x
     g_alpha = (pull_alpha - g_g * g / reach).sum(-1)
     g_s = (pull_s + g_g / reach).sum(-1)
+    cot = cot.clone() if cot is g_y else cot
     return cot, g_z0, g_alpha * _positive_slope(raw_alpha), g_s * _positive_slope(raw_s)
 
 
-def stack_score(inputs: Tensor, score: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor, r: Tensor) -> Tensor:
-    """The score of q at the stack's output, (S, D), from the score at its input and `stack_forward`'s rest."""
+def stack_score(
+    x: Tensor, score: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor, r: Tensor, *, log_det: bool = True
+) -> Tensor:
+    """The score of q at the stack's output, (S, D), from the score at its input x and `stack_forward`'s r.
+
+    With ``log_det=False`` it is J^-T score alone, which the inverse's gradient needs.
+    """
     alpha, s = positive(raw_alpha).unsqueeze(-1), positive(raw_s).unsqueeze(-1)
     g, h2 = _factors(r, alpha, s)
-    slope = _log_det_slope(r, alpha, s, z0.shape[-1])
-    for k in range(z0.shape[0]):
-        unit = _unit(inputs[k] - z0[k], r[k])
+    slope = _log_det_slope(r, alpha, s, z0.shape[-1]) if log_det else torch.zeros_like(r)
+    for k, z in enumerate(_inputs(x, z0, g)):
+        unit = _unit(z - z0[..., k, None, :], r[..., k, :])
         along = (score * unit).sum(-1)
-        bend = (along - slope[k]) / h2[k] - along / g[k]
-        score = torch.addcmul(score / g[k].unsqueeze(-1), unit, bend.unsqueeze(-1))
+        bend = (along - slope[..., k, :]) / h2[..., k, :] - along / g[..., k, :]
+        score = torch.addcmul(score / g[..., k, :, None], unit, bend.unsqueeze(-1))
     return score
+
+
+def stack_inverse(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor]:
+    """X (S, D) with `stack_forward` (x) = y, and its r (K, S); dimensions in front as there."""
+    r = y.new_empty(*raw_s.shape, y.shape[-2])
+    for k in range(raw_s.shape[-1] - 1, -1, -1):
+        centre = z0[..., k, None, :]
+        y = layer_inverse(y, centre, raw_alpha[..., k, None], raw_s[..., k, None])
+        r[..., k, :] = torch.linalg.vector_norm(y - centre, dim=-1)
+    return (y if raw_s.shape[-1] else y.clone()), r

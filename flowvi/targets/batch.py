@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, fx
 from torch.func import grad_and_value, vmap
 
 from flowvi.errors import TraceError
+from flowvi.targets.compiling import CompileReport, compile_flat, repays, seconds_per_call
 from flowvi.targets.trace import trace
 
-__all__ = ["BatchedGraph"]
+__all__ = ["BatchedGraph", "close"]
 
 # Flattening costs about as much as 50 calls save; a size that came up this often will come up again.
 _FLATTEN_AFTER = 8
@@ -37,7 +39,7 @@ class BatchedGraph:
         self._value = vmap(self._first, in_dims=self._dims)
         self._value_and_grad = vmap(grad_and_value(self._first), in_dims=self._dims)
         self._calls: dict[int, int] = {}
-        self._flat: dict[int, fx.GraphModule] = {}
+        self._flat: dict[int, Callable[..., Any]] = {}
         self._can_flatten = True
 
     def __call__(self, z: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
@@ -53,7 +55,7 @@ class BatchedGraph:
         flat = self._flat.get(particles)
         if flat is not None:
             with torch.no_grad():
-                return flat.forward(z, *shared)
+                return flat(z, *shared)
         if self._can_flatten:
             self._calls[particles] = self._calls.get(particles, 0) + 1
             if self._calls[particles] >= _FLATTEN_AFTER:
@@ -86,7 +88,7 @@ class BatchedGraph:
             flat = trace(both, inputs).module("value", "grad")
             with torch.no_grad():
                 found = flat.forward(z, *shared)
-            same = all(_close(a, b) for a, b in zip(found, self._by_autograd(z, *shared), strict=True))
+            same = all(close(a, b) for a, b in zip(found, self._by_autograd(z, *shared), strict=True))
         except (TraceError, RuntimeError):
             same = False
         if not same:
@@ -94,8 +96,29 @@ class BatchedGraph:
             return None
         while len(self._flat) >= _FLAT_SIZES:
             del self._flat[next(iter(self._flat))]
-        self._flat[len(z)] = flat
+        self._flat[len(z)] = flat.forward
         return flat
+
+    def compile(self, z: Tensor, *shared: Tensor, num_calls: int | None = None) -> CompileReport:
+        """Compile value and gradient for len(z) particles, if that pays.
+
+        Args:
+            z: (S, D).
+            *shared: the shared inputs.
+            num_calls: how many calls are to come; None compiles in any case.
+        """
+        flat = self.flatten(z, *shared)
+        if flat is None:
+            return CompileReport(False, "there is no flat graph of value and gradient")
+        num_nodes = len(flat.graph.nodes)
+        if num_calls is not None:
+            flat_seconds = seconds_per_call(flat.forward, z, *shared)
+            if not repays(flat_seconds, num_nodes, num_calls):
+                return CompileReport(False, "the calls to come would not repay compiling", flat_seconds)
+        compiled, report = compile_flat(flat, z, *shared, agree=close)
+        if compiled is not None:
+            self._flat[len(z)] = compiled
+        return report
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module, "num_shared": len(self._dims) - 1}
@@ -104,7 +127,7 @@ class BatchedGraph:
         self.__init__(**state)  # type: ignore[misc]
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding, NaN for NaN."""
     size = b[b.isfinite()].abs().max() if b.isfinite().any() else b.new_zeros(())
     tolerance = 1e-9 if b.dtype == torch.float64 else 1e-4

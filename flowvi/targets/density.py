@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from flowvi.errors import DimensionError, OptionError
+from flowvi.targets.compiling import CompileReport
 from flowvi.targets.sites import Site
 
 __all__ = ["Energy", "LogDensity"]
@@ -98,6 +99,17 @@ class LogDensity(ABC):
             DimensionError: If z is not (S, D).
         """
         return self._value_and_grad(self._checked(z).detach())
+
+    def compile(self, num_particles: int, *, num_calls: int | None = None) -> CompileReport:
+        """Compile `value_and_grad` for so many particles, and keep what is measured to be faster.
+
+        Never an error: without a C++ compiler, or where compiling fails, things stay as they are.
+
+        Args:
+            num_particles: S.
+            num_calls: how many calls are to come; it is only tried if they would repay it. None: in any case.
+        """
+        return CompileReport(False, f"a target of the kind {self.path!r} is not compiled")
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """The values of all sites at z, without gradients.

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowvi.errors import FlowVIError, HeldFixedWarning, NonFiniteError, SlowPathWarning, TargetError, TraceError
 from flowvi.targets.batch import BatchedGraph
+from flowvi.targets.compiling import CompileReport
 from flowvi.targets.density import LogDensity
 from flowvi.targets.first_run import Structure, find_structure
 from flowvi.targets.recording import Recording
@@ -298,6 +299,14 @@ class ModelDensity(LogDensity):
         values = [value for value, _ in pairs]
         grads = [torch.full_like(z[0], math.nan) if grad is None else grad for _, grad in pairs]
         return torch.stack(values), torch.stack(grads)
+
+    def compile(self, num_particles: int, *, num_calls: int | None = None) -> CompileReport:
+        """See `LogDensity`."""
+        if self._graph is None:
+            return super().compile(num_particles)
+        generator = torch.Generator().manual_seed(0)
+        shift = torch.rand(num_particles, self.dim, generator=generator, dtype=self.dtype).to(self.device) - 0.5
+        return self._graph.compile(self._start + 0.1 * shift, *self._indices(), num_calls=num_calls)
 
     def _constrain(self, z: Tensor) -> dict[str, Tensor]:
         if self.subsampled and self.deterministic:  # they may be inside the plate

@@ -11,8 +11,11 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from flowvi.errors import DimensionError, FlowVIError, NonFiniteError, OptionError, TargetError
+from flowvi.targets.batch import close
+from flowvi.targets.compiling import CompileReport, compile_flat
 from flowvi.targets.density import Energy, LogDensity
 from flowvi.targets.sites import Site
+from flowvi.targets.trace import trace
 
 __all__ = ["PlainDensity"]
 
@@ -27,6 +30,7 @@ class PlainDensity(LogDensity):
         device: device of z.
         name: what to call it.
         log_normalizer: log of its integral, where known.
+        value_and_grad: z -> log p (S,) and its gradient (S, D) without autograd, where there is a faster way.
 
     Raises:
         OptionError: If D is not a positive integer.
@@ -46,6 +50,7 @@ class PlainDensity(LogDensity):
         device: torch.device,
         name: str,
         log_normalizer: float | None = None,
+        value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise OptionError(f"dim must be a positive integer, the number of coordinates of z; got {dim!r}")
@@ -54,7 +59,8 @@ class PlainDensity(LogDensity):
         self.generator = torch.Generator()
         shape = Size((dim,))
         self.sites = (Site("z", shape, shape, 1, constraints.real_vector, ()),)
-        self._function = function
+        self._function, self._own_value_and_grad = function, value_and_grad
+        self._compiled: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
         self._probe()
 
     @classmethod
@@ -72,17 +78,51 @@ class PlainDensity(LogDensity):
             device=device,
             name=name if isinstance(name, str) else type(energy).__name__,
             log_normalizer=None if log_normalizer is None else float(log_normalizer),
+            value_and_grad=getattr(energy, "log_density_and_grad", None),
         )
 
     def _log_prob(self, z: Tensor) -> Tensor:
         return self._function(z)
 
     def _value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        compiled = self._compiled.get(len(z))
+        if compiled is not None or self._own_value_and_grad is not None:
+            with torch.no_grad():
+                value, grad = (compiled or self._own_value_and_grad)(z)  # type: ignore[misc]
+            return value, grad
+        return self._by_autograd(z)
+
+    def _by_autograd(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            z = z.requires_grad_()
+            z = z.detach().requires_grad_()
             value = self._function(z)
             (grad,) = torch.autograd.grad(value.sum(), z)
         return value.detach(), grad
+
+    def compile(self, num_particles: int, *, num_calls: int | None = None) -> CompileReport:
+        """See `LogDensity`; only if asked for: a function may depend on more than z, and compiling freezes that."""
+        if num_calls is not None:
+            return CompileReport(False, "a function is compiled with compile=True only")
+        generator = torch.Generator().manual_seed(0)
+        z = (torch.rand(num_particles, self.dim, generator=generator, dtype=self.dtype) * 2 - 1).to(self.device)
+
+        def value_and_grad(z: Tensor) -> tuple[Tensor, ...]:
+            grad, value = torch.func.grad_and_value(lambda v: self._function(v).sum())(z)
+            return self._function(z), grad
+
+        def both(z: Tensor) -> dict[str, Tensor]:
+            return dict(zip(("value", "grad"), value_and_grad(z), strict=True))
+
+        try:
+            flat = trace(both, {"z": z}).module("value", "grad")
+        except (FlowVIError, RuntimeError) as error:
+            return CompileReport(False, f"it can't be traced: {error}")
+        if not all(close(a, b) for a, b in zip(flat(z), self._by_autograd(z), strict=True)):
+            return CompileReport(False, "its graph gives other values")
+        compiled, report = compile_flat(flat, z, agree=close)
+        if compiled is not None:
+            self._compiled[num_particles] = compiled
+        return report
 
     def _constrain(self, z: Tensor) -> dict[str, Tensor]:
         return {"z": z}

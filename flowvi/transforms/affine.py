@@ -9,10 +9,13 @@ A is never singular, and its inverse and the score A^-T s are exact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from flowvi.errors import OptionError
+from flowvi.kernels.affine import AffineStep
 from flowvi.transforms.base import Transform
 
 AFFINE_KINDS = ("diag", "low_rank", "full")
@@ -134,6 +137,15 @@ class Affine(Transform):
         with torch.no_grad():
             score = self._solve(score, transpose=True) * torch.exp(-self.log_scale)
         return y, log_det, score
+
+    def bind(self, num_particles: int, with_score: bool) -> AffineStep | None:
+        """See `InvertibleMap`."""
+        params = (self.loc, self.log_scale, *((self.factor,) if self.kind == "low_rank" else ()))
+        params += (self.lower,) if self.kind == "full" else ()
+        grads: Any = tuple(p.grad for p in params)
+        if any(g is None for g in grads):
+            return None
+        return AffineStep(self.kind, params, grads, num_particles=num_particles, with_score=with_score)
 
     def extra_repr(self) -> str:
         """What print() shows between the brackets."""

@@ -1,8 +1,8 @@
 """What every transform shares: the Pyro contract, shape checks, and a cache that can't go stale.
 
-A family's own file holds only mathematics: `forward_and_log_det(x)`, `inverse(y)` and, where it is cheap,
-`forward_with_score(x, score)`. `Transform` turns these into a Pyro transform in full; `Conditioned` does the
-same for parameters that came from a context.
+A family's own file holds only mathematics: `forward_and_log_det(x)`, `inverse(y)` and, where they are cheap,
+`inverse_and_log_det(y)` and `forward_with_score(x, score)`. `Transform` turns these into a Pyro transform in
+full; `Conditioned` does the same for parameters that came from a context.
 """
 
 from __future__ import annotations
@@ -47,6 +47,15 @@ class InvertibleMap(TorchTransform):
         """X (..., D) with forward(x) = y, differentiable in y and in the parameters."""
         raise NotImplementedError
 
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """X (..., D) with forward(x) = y, and log|det dx/dy| (...), which is minus the forward log|det| at x.
+
+        What the density of a given y is made of. Override it where one pass gives both, at about the cost of
+        `inverse` alone; this default is the inverse and then the forward pass.
+        """
+        x = self.inverse(y)
+        return x, -self.forward_and_log_det(x)[1]
+
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, log|det dy/dx|, and d log q(y)/dy (..., D) from d log q(x)/dx (..., D).
 
@@ -54,6 +63,18 @@ class InvertibleMap(TorchTransform):
         with no inverse pass.
         """
         raise NotImplementedError
+
+    def bind(self, num_particles: int, with_score: bool) -> Any:
+        """Forward and backward passes without a tape, on this transform's parameters and their ``.grad``.
+
+        What a training loop calls (`flowvi.kernels.step` has the contract); None where there is no such thing,
+        and autograd does it.
+
+        Args:
+            num_particles: S.
+            with_score: whether the forward pass carries the score.
+        """
+        return None
 
     # What identifies the parameters' present values.
 
@@ -124,10 +145,24 @@ class InvertibleMap(TorchTransform):
         x_old, y_old, _ = self._recall()
         if y is y_old and x_old is not None:
             return x_old
+        if type(self).inverse_and_log_det is not InvertibleMap.inverse_and_log_det:
+            return self.invert(y)[0]  # the log-determinant costs nothing more, and may be asked for next
         self._check(y, "y")
         x = self.inverse(y)
         self._remember(x, y, None)
         return x
+
+    def invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`inverse_and_log_det` with the checks and the cache: x and log|det dx/dy| of y (..., D)."""
+        x_old, y_old, _ = self._recall()
+        if y is y_old and x_old is not None:
+            return x_old, -self.log_abs_det_jacobian(x_old, y)
+        self._check(y, "y")
+        x, log_det = self.inverse_and_log_det(y)
+        if x is y:  # so that x and y stay two ends of a pair
+            x = y.view_as(y)
+        self._remember(x, y, -log_det)
+        return x, log_det
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self._inv_call(y)

@@ -145,19 +145,24 @@ class PlanarStack(Transform):
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `InvertibleMap`."""
-        u_hat, one_plus_m = math_.constrain(self.w, self.u, self.constraint)
-        for k in range(self.num_flows - 1, -1, -1):
-            a = kernels.planar_root(y @ self.w[k] + self.bias[k], one_plus_m[k])
-            y = y - u_hat[k] * torch.tanh(a).unsqueeze(-1)
-        return y
+        flat = y.reshape(-1, self.input_dim)
+        return kernels.planar_stack_inverse(flat, self.w, self.u, self.bias, self.constraint).reshape(y.shape)
 
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `InvertibleMap`; the score comes without a graph, y and log|det| with theirs."""
-        flat = x.reshape(-1, self.input_dim)
-        y, log_det, t = kernels.planar_stack(flat, self.w, self.u, self.bias, self.constraint)
-        with torch.no_grad():
-            out = math_.stack_score(score.reshape(-1, self.input_dim), self.w, self.u, t, self.constraint)
+        flat, flat_score = x.reshape(-1, self.input_dim), score.reshape(-1, self.input_dim)
+        y, log_det, _, out = kernels.planar_stack_score(flat, flat_score, self.w, self.u, self.bias, self.constraint)
         return y.reshape(x.shape), log_det.reshape(x.shape[:-1]), out.reshape(x.shape)
+
+    def bind(self, num_particles: int, with_score: bool) -> Any:
+        """See `InvertibleMap`."""
+        params = self.w, self.u, self.bias
+        grads: Any = tuple(p.grad for p in params)
+        if any(g is None for g in grads):
+            return None
+        return kernels.planar_step(
+            *params, self.constraint, grads=grads, num_particles=num_particles, with_score=with_score
+        )
 
     def extra_repr(self) -> str:
         """What print() shows between the brackets."""

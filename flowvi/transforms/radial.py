@@ -96,23 +96,27 @@ class RadialStack(Transform):
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `InvertibleMap`."""
         flat = x.reshape(-1, self.input_dim)
-        y, log_det, _, _ = kernels.radial_stack(flat, self.z0, self.raw_alpha, self.raw_s)
+        y, log_det, _ = kernels.radial_stack(flat, self.z0, self.raw_alpha, self.raw_s)
         return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `InvertibleMap`."""
-        for k in range(self.num_flows - 1, -1, -1):
-            y = math_.layer_inverse(y, self.z0[k], self.raw_alpha[k], self.raw_s[k])
-        return y
+        flat = y.reshape(-1, self.input_dim)
+        return kernels.radial_stack_inverse(flat, self.z0, self.raw_alpha, self.raw_s).reshape(y.shape)
 
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `InvertibleMap`; the score comes without a graph, y and log|det| with theirs."""
-        flat = x.reshape(-1, self.input_dim)
-        params = self.z0, self.raw_alpha, self.raw_s
-        y, log_det, inputs, r = kernels.radial_stack(flat, *params)
-        with torch.no_grad():
-            out = math_.stack_score(inputs, score.reshape(-1, self.input_dim), *params, r)
+        flat, flat_score = x.reshape(-1, self.input_dim), score.reshape(-1, self.input_dim)
+        y, log_det, _, out = kernels.radial_stack_score(flat, flat_score, self.z0, self.raw_alpha, self.raw_s)
         return y.reshape(x.shape), log_det.reshape(x.shape[:-1]), out.reshape(x.shape)
+
+    def bind(self, num_particles: int, with_score: bool) -> Any:
+        """See `InvertibleMap`."""
+        params = self.z0, self.raw_alpha, self.raw_s
+        grads: Any = tuple(p.grad for p in params)
+        if any(g is None for g in grads):
+            return None
+        return kernels.radial_step(*params, grads=grads, num_particles=num_particles, with_score=with_score)
 
     def extra_repr(self) -> str:
         """What print() shows between the brackets."""

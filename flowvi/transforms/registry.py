@@ -11,8 +11,16 @@ from torch.distributions.transforms import Transform as TorchTransform
 
 from flowvi.errors import OptionError, UnknownFlowError
 from flowvi.transforms.affine import affine
-from flowvi.transforms.planar import planar, planar_stack
-from flowvi.transforms.radial import radial, radial_stack
+from flowvi.transforms.autoregressive import conditional_iaf, conditional_maf, iaf, iaf_stack, maf, maf_stack
+from flowvi.transforms.conditional_affine import conditional_affine
+from flowvi.transforms.coupling import conditional_nice, conditional_real_nvp, nice, real_nvp
+from flowvi.transforms.guests import adapt, stack_of
+from flowvi.transforms.mixing import conditional_householder, householder
+from flowvi.transforms.planar import conditional_planar, planar, planar_stack
+from flowvi.transforms.radial import conditional_radial, radial, radial_stack
+from flowvi.transforms.spline import conditional_neural_spline, neural_spline, neural_spline_stack
+from flowvi.transforms.sylvester import conditional_sylvester, sylvester, sylvester_stack
+from flowvi.transforms.tails import conditional_tails, tails
 
 Factory = Callable[..., TorchTransform]
 
@@ -23,12 +31,19 @@ class FlowEntry:
 
     Attributes:
         factory: factory(input_dim, **options) -> one layer.
-        stack: stack(input_dim, num_flows, **options) -> K layers fused into one transform, where there is one.
+        stack: stack(input_dim, num_flows, **options) -> all K layers, where they are not K equal ones in a row:
+            one fused transform, or a list (such as couplings whose halves alternate).
+        conditional: conditional(input_dim, context_dim, **options) -> one conditional layer, where there is one.
+        num_flows: K, where a user does not say.
+        lr: the largest step size of a fit, where a user does not say: networks take smaller ones than layers.
         description: one line for `available`.
     """
 
     factory: Factory
-    stack: Factory | None = None
+    stack: Callable[..., TorchTransform | list[TorchTransform]] | None = None
+    conditional: Callable[..., Any] | None = None
+    num_flows: int = 4
+    lr: float = 1e-2
     description: str = ""
 
 
@@ -39,7 +54,10 @@ def register(
     name: str,
     factory: Factory,
     *,
-    stack: Factory | None = None,
+    stack: Callable[..., TorchTransform | list[TorchTransform]] | None = None,
+    conditional: Callable[..., Any] | None = None,
+    num_flows: int = 4,
+    lr: float = 1e-2,
     description: str = "",
     overwrite: bool = False,
 ) -> None:
@@ -48,8 +66,12 @@ def register(
     Args:
         name: the name.
         factory: factory(input_dim, **options) -> a transform of R^D; one layer.
-        stack: stack(input_dim, num_flows, **options) -> K layers as one transform, if there is a faster way
-            than K layers in a row.
+        stack: stack(input_dim, num_flows, **options) -> all K layers as one transform or a list, where they are
+            not K equal ones in a row.
+        conditional: conditional(input_dim, context_dim, **options) -> one conditional layer, whose
+            ``condition(context)`` gives a transform.
+        num_flows: K, where a user does not say.
+        lr: the largest step size of a fit, where a user does not say.
         description: one line: fast direction, number of parameters, path score.
         overwrite: whether an existing name may be replaced.
 
@@ -67,7 +89,7 @@ def register(
         raise OptionError(f"factory must be callable as factory(input_dim, **options), not {factory!r}.")
     if name in _REGISTRY and not overwrite:
         raise OptionError(f"a flow named {name!r} is registered already: choose another name, or overwrite=True.")
-    _REGISTRY[name] = FlowEntry(factory, stack, description)
+    _REGISTRY[name] = FlowEntry(factory, stack, conditional, num_flows, lr, description)
 
 
 def available() -> dict[str, str]:
@@ -96,7 +118,7 @@ def build(flow: str | Factory, input_dim: int, num_flows: int, **options: Any) -
     """K layers of a flow, as a list of transforms from the base outwards (one, if the flow has a fused stack).
 
     Args:
-        flow: a registered name, or a factory(input_dim, **options) such as Pyro's own helpers.
+        flow: a registered name, or a factory(input_dim, **options): Pyro's own helpers, a zuko flow class, yours.
         input_dim: D.
         num_flows: K; 0 gives no layer.
         **options: what the factory takes.
@@ -112,36 +134,124 @@ def build(flow: str | Factory, input_dim: int, num_flows: int, **options: Any) -
     if isinstance(flow, str):
         entry = lookup(flow)
     elif callable(flow):
-        entry = FlowEntry(flow)
+        entry = FlowEntry(flow, stack=stack_of(flow))
     else:
         raise OptionError(f"flow must be a name or a factory(input_dim, **options), not {flow!r}.")
     try:
         if entry.stack is not None:
-            layers = [entry.stack(input_dim, num_flows, **options)]
+            stacked = entry.stack(input_dim, num_flows, **options)
+            layers = stacked if isinstance(stacked, list) else [stacked]
         else:
             layers = [entry.factory(input_dim, **options) for _ in range(num_flows)]
     except TypeError as e:
         raise OptionError(f"flow {flow!r} could not be built with options {options}: {e}") from e
-    for layer in layers:
-        if not isinstance(layer, TorchTransform):
-            raise OptionError(f"the factory of flow {flow!r} returned {type(layer).__name__}, not a transform.")
-    return layers
+    return [adapt(layer, input_dim) for layer in layers]
 
 
 register(
     "planar",
     planar,
     stack=planar_stack,
+    conditional=conditional_planar,
+    num_flows=32,
+    lr=4e-2,
     description="planar layers, fused; fast both ways (inverse by Newton); K (2 D + 1) parameters; path score",
 )
 register(
     "radial",
     radial,
     stack=radial_stack,
+    conditional=conditional_radial,
+    num_flows=32,
+    lr=4e-2,
     description="radial layers, fused; fast both ways (closed form); K (D + 2) parameters; path score",
 )
 register(
     "affine",
     affine,
+    conditional=conditional_affine,
+    num_flows=1,
     description="one affine map (kind='diag' | 'low_rank' | 'full'); fast both ways; path score",
+)
+register(
+    "iaf",
+    iaf,
+    stack=iaf_stack,
+    conditional=conditional_iaf,
+    num_flows=4,
+    description=(
+        "inverse autoregressive layers, orderings alternating; fast forward, D steps back; K (H (H + 3 D + 2) + 2 D) "
+        "parameters at two hidden layers of H (default max(32, 2 D)); path score up to D = 16"
+    ),
+)
+register(
+    "maf",
+    maf,
+    stack=maf_stack,
+    conditional=conditional_maf,
+    num_flows=4,
+    description=(
+        "masked autoregressive layers, orderings alternating; fast inverse (density), D steps forward; parameters as "
+        "iaf; path score"
+    ),
+)
+register(
+    "nice",
+    nice,
+    stack=nice,
+    conditional=conditional_nice,
+    num_flows=8,
+    description=(
+        "additive coupling layers, mixing='perm' | 'orth' | 'none'; keeps volumes; fast both ways; K (H (H + D + 2) + "
+        "D / 2) parameters at two hidden layers of H (default 32); path score"
+    ),
+)
+register(
+    "real_nvp",
+    real_nvp,
+    stack=real_nvp,
+    conditional=conditional_real_nvp,
+    num_flows=8,
+    description=(
+        "affine coupling layers, mixing='perm' | 'orth' | 'none'; fast both ways; K (H (H + 3 D / 2 + 2) + D) "
+        "parameters at two hidden layers of H (default 32); path score"
+    ),
+)
+register(
+    "householder",
+    householder,
+    stack=householder,
+    conditional=conditional_householder,
+    num_flows=1,
+    description="K pairs of Householder reflections: a rotation; fast both ways; 2 K D parameters; path score; D >= 2",
+)
+register(
+    "neural_spline",
+    neural_spline,
+    stack=neural_spline_stack,
+    conditional=conditional_neural_spline,
+    num_flows=4,
+    description=(
+        "rational-quadratic splines (kind='coupling' | 'autoregressive'); fast both ways (coupling); "
+        "K (H (H + D/2 + 2) + (H + 1) (3 B - 1) D/2) parameters at two hidden layers of H (32) and B bins (8); "
+        "path score"
+    ),
+)
+register(
+    "sylvester",
+    sylvester,
+    stack=sylvester_stack,
+    conditional=conditional_sylvester,
+    num_flows=8,
+    description=(
+        "Sylvester layers of M neurons (kind='orthogonal' | 'householder' | 'triangular'); fast forward, M steps back; "
+        "K (D M + M^2 + 2 M) parameters, M = D up to 32; path score"
+    ),
+)
+register(
+    "tails",
+    tails,
+    conditional=conditional_tails,
+    num_flows=1,
+    description="power-law tails of each coordinate, for a last layer; fast both ways; 2 D K parameters; path score",
 )

@@ -1,0 +1,319 @@
+"""What `experiments.speed` times: flowvi's own side, the cases, and the clock.
+
+Every case is a few functions that do the same work. They take turns, round by round (A B A B ...), so that what
+else the machine does meets all of them alike; a ratio is the median over rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import flowvi
+from experiments import speed_peers
+from experiments.posteriors import eight_schools
+from experiments.speed_peers import Run, energy
+from flowvi import kernels
+from flowvi.fit.adam import FlatAdam, FlatParameters
+from flowvi.fit.engine import Schedule, one_thread_if_small, optimize
+from flowvi.fit.steps import make_step
+from flowvi.objectives import ELBO, BalancedELBO
+from flowvi.targets import LogDensity
+
+SCHOOLS = {
+    "y": (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0),
+    "sigma": (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0),
+}
+"""Rubin 1981, "Estimation in parallel randomized experiments", table 1."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the benchmark depends on but the machine.
+
+    Cases are (D, S, K), and for each the least ratio that is aimed at: the other's time by flowvi's.
+    """
+
+    seed: int = 0
+    threads: tuple[str, ...] = ("one", "all")
+    """ "one" is one CPU core for the whole process, and "all" is all of them."""
+    peers: tuple[str, ...] = ("pyro", "normflows", "zuko", "flowjax")
+    """Who is compared, where installed."""
+    rounds: int = 25
+    sweep_rounds: int = 9
+    start_rounds: int = 5
+    seconds: float = 0.02
+    """A round calls each function as often as fits in this, once at least."""
+    stacks: tuple[tuple[str, int, int, int, float], ...] = (
+        ("planar", 2, 256, 32, 30),
+        ("planar", 2, 256, 128, 45),
+        ("planar", 2, 4096, 32, 7),
+        ("planar", 50, 256, 32, 15),
+        ("planar", 1000, 256, 32, 12),
+        ("radial", 2, 256, 32, 15),
+    )
+    steps: tuple[tuple[int, int, int, dict[str, float]], ...] = (
+        (2, 256, 8, {"flowjax": 1 / 0.6}),
+        (2, 256, 32, {"flowjax": 1 / 0.6, "pyro": 50}),
+        (2, 256, 128, {"flowjax": 1 / 0.7}),
+        (2, 4096, 32, {"flowjax": 1 / 0.4}),
+        (1000, 256, 32, {"flowjax": 1 / 0.06}),
+    )
+    couplings: tuple[tuple[str, int, int, int], ...] = (("real_nvp", 10, 256, 8), ("neural_spline", 10, 256, 4))
+    schools: tuple[int, int, float] | None = (256, 16, 15)
+    """S and K of the step on eight schools, and the aim."""
+    sweep_k: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
+    sweep_d: tuple[int, ...] = (2, 4, 8, 30, 100, 300, 1000)
+    sweep_s: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
+
+    @classmethod
+    def quick(cls, seed: int = 0) -> Config:
+        """Few rounds and short sweeps, to see that it works: its figures are not the ones to quote."""
+        return cls(
+            seed=seed,
+            rounds=3,
+            sweep_rounds=3,
+            start_rounds=1,
+            seconds=0.005,
+            sweep_k=(8, 32, 128),
+            sweep_d=(2, 30, 1000),
+            sweep_s=(64, 1024, 4096),
+        )
+
+
+Row = dict[str, Any]
+
+
+# flowvi's side.
+
+
+def flowvi_stack(family: str, dim: int, num_particles: int, num_flows: int) -> Run:
+    """The stack as the training step calls it: forward with log-determinant and path score, and backward."""
+    if family == "planar":
+        params = [torch.randn(num_flows, dim) * 0.3, torch.randn(num_flows, dim) * 0.3, torch.randn(num_flows)]
+        options: tuple[Any, ...] = ("squareplus",)
+        make: Callable[..., Any] = kernels.planar_step
+    else:
+        params = [torch.randn(num_flows, dim), torch.randn(num_flows), torch.randn(num_flows)]
+        options, make = (), kernels.radial_step
+    grads = tuple(torch.zeros_like(p) for p in params)
+    step = make(*params, *options, grads=grads, num_particles=num_particles, with_score=True)
+    x, g_z = torch.randn(num_particles, dim), torch.randn(num_particles, dim)
+    g_log_det = torch.randn(num_particles)
+
+    def one() -> None:
+        step.forward(x)
+        step.backward(g_z, g_log_det)
+
+    return speed_peers.repeat(one)
+
+
+def flowvi_step(spec: flowvi.FlowSpec, num_particles: int, seed: int) -> Run:
+    """One step of `flowvi.fit`, draws to Adam, with the gradient that `fit` chooses for this flow."""
+    flow, objective = _start(spec, num_particles, seed)
+    density = flowvi.as_density(energy(spec.dim))
+    flat = FlatParameters(flow.module)
+    adam = FlatAdam(flat.vector, flat.grad)
+    step = make_step(flow, density, objective, flat)
+    generator = torch.Generator().manual_seed(seed)
+
+    def run(n: int) -> None:
+        with one_thread_if_small(num_particles * spec.dim * max(1, spec.num_flows)):
+            for _ in range(n):
+                num, _ = step(1.0, generator)
+                adam.step(speed_peers.LR, num > 0)
+
+    return run
+
+
+def flowvi_loop(spec: flowvi.FlowSpec, density: LogDensity, num_particles: int, seed: int) -> Run:
+    """`flowvi.fit`'s loop itself, its records included."""
+    flow, objective = _start(spec, num_particles, seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def run(n: int) -> None:
+        with one_thread_if_small(num_particles * spec.dim * spec.num_flows):
+            optimize(flow, density, objective, Schedule(n, speed_peers.LR), generator=generator, progress=False)
+
+    return run
+
+
+def _start(spec: flowvi.FlowSpec, num_particles: int, seed: int) -> tuple[flowvi.Flow, ELBO]:
+    torch.manual_seed(seed)
+    flow = flowvi.Flow.from_spec(spec)
+    return flow, (BalancedELBO if flow.has_path_score else ELBO)(num_particles)
+
+
+# The clock.
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call, one for each round, by who."""
+
+    seconds: Mapping[str, np.ndarray]
+
+    def row(self, who: str, aim: float | None = None, **what: Any) -> Row:
+        """Medians and quartiles of one of them, and of its ratio to flowvi."""
+        quartiles = np.quantile(self.seconds[who], (0.5, 0.25, 0.75)).tolist()
+        row: Row = {"who": who} | {f"seconds{end}": q for end, q in zip(("", "_q1", "_q3"), quartiles, strict=True)}
+        ratios: list[Any] = [None, None, None]
+        if who != "flowvi":
+            ratios = np.quantile(self.seconds[who] / self.seconds["flowvi"], (0.5, 0.25, 0.75)).tolist()
+        row |= {f"ratio{end}": q for end, q in zip(("", "_q1", "_q3"), ratios, strict=True)}
+        met = None if aim is None else ratios[0] >= aim
+        return {**what, **row, "slope": None, "aim": aim, "met": met}
+
+
+def alternate(runs: Mapping[str, Run], rounds: int, seconds: float) -> Times:
+    """Let all of them take turns.
+
+    Args:
+        runs: who -> the work.
+        rounds: turns for each.
+        seconds: about how long a turn is; a turn has at least one call.
+    """
+    calls = {}
+    for who, run in runs.items():
+        run(2)  # compiles, allocates
+        start = time.perf_counter()
+        run(1)
+        calls[who] = max(1, round(seconds / (time.perf_counter() - start)))
+    took: dict[str, list[float]] = {who: [] for who in runs}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for who, run in runs.items():
+                start = time.perf_counter()
+                run(calls[who])
+                took[who].append((time.perf_counter() - start) / calls[who])
+    finally:
+        gc.enable()
+    return Times({who: np.array(t) for who, t in took.items()})
+
+
+# The cases.
+
+
+def pin(threads: str) -> None:
+    """Give this process one core, or all of them; before anything has started threads."""
+    if threads != "one":
+        return
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    torch.set_num_threads(1)
+
+
+def measure(config: Config, threads: str, progress: bool = True) -> list[Row]:
+    """All cases, in this process."""
+    peers = [peer for peer in config.peers if speed_peers.installed(peer)]
+    cases = list(_cases(config, peers))
+    rows: list[Row] = []
+    for what, rounds, aims, make in tqdm(cases, desc=f"speed, threads: {threads}", disable=not progress, unit="case"):
+        with torch.random.fork_rng(devices=[]):
+            runs = make()
+            times = alternate(runs, rounds, config.seconds)
+        rows += [times.row(who, aims.get(who), threads=threads, **what) for who in runs]
+    return rows
+
+
+Case = tuple[dict[str, Any], int, Mapping[str, float], Callable[[], dict[str, Run]]]
+"""What it is, rounds, aims by peer, and what makes the runs."""
+
+
+def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
+    def what(group: str, case: str, dim: int, size: int, k: int) -> dict[str, Any]:
+        return {"group": group, "case": case, "D": dim, "S": size, "K": k}
+
+    def planar(dim: int, size: int, k: int) -> Callable[[], dict[str, Run]]:
+        spec = flowvi.FlowSpec("planar", dim, k, "full" if dim == 2 else "diag")
+        return lambda: {
+            "flowvi": flowvi_step(spec, size, config.seed),
+            **speed_peers.planar_steps(peers, dim, size, k, config.seed),
+        }
+
+    def stack(family: str, *sizes: int) -> Callable[[], dict[str, Run]]:
+        return lambda: {"flowvi": flowvi_stack(family, *sizes), "pyro": speed_peers.pyro_stack(family, *sizes)}
+
+    def coupling(name: str, dim: int, size: int, k: int) -> Callable[[], dict[str, Run]]:
+        spec = flowvi.FlowSpec(name, dim, k, "diag", {"hidden_dims": speed_peers.HIDDEN})
+        return lambda: {
+            "flowvi": flowvi_step(spec, size, config.seed),
+            "zuko": speed_peers.zuko_step(name, dim, size, k),
+        }
+
+    for family, dim, size, k, aim in config.stacks:
+        if "pyro" in peers:
+            yield what("stack", family, dim, size, k), config.rounds, {"pyro": aim}, stack(family, dim, size, k)
+    for dim, size, k, aims in config.steps:
+        yield what("step", "planar", dim, size, k), config.rounds, aims, planar(dim, size, k)
+    for name, dim, size, k in config.couplings:
+        if "zuko" in peers:
+            yield what("step", name, dim, size, k), config.rounds, {}, coupling(name, dim, size, k)
+    if config.schools is not None and "pyro" in peers:
+        size, k, aim = config.schools
+        yield what("model", "eight schools", 10, size, k), config.rounds, {"pyro": aim}, lambda: _schools(config)
+    for k in config.sweep_k:
+        yield what("sweep", "K", 2, 256, k), config.sweep_rounds, {}, planar(2, 256, k)
+    for dim in config.sweep_d:
+        yield what("sweep", "D", dim, 256, 32), config.sweep_rounds, {}, planar(dim, 256, 32)
+    for size in config.sweep_s:
+        yield what("sweep", "S", 2, size, 32), config.sweep_rounds, {}, planar(2, size, 32)
+
+
+def _schools(config: Config) -> dict[str, Run]:
+    assert config.schools is not None
+    size, k, _ = config.schools
+    data = {name: torch.tensor(values) for name, values in SCHOOLS.items()}
+    density = flowvi.as_density(eight_schools, args=(data,))
+    spec = flowvi.FlowSpec("planar", density.dim, k, "full")
+    return {
+        "flowvi": flowvi_loop(spec, density, size, config.seed),
+        "pyro": speed_peers.pyro_svi(eight_schools, (data,), size, k, 1),
+    }
+
+
+# Starting.
+
+_FIRST_STEP = """
+import time, flowvi
+start = time.perf_counter()
+flowvi.fit(flowvi.energies.U2(), num_steps=1, seed=0, progress=False, verify=False)
+print(time.perf_counter() - start)
+"""
+
+
+def _import(name: str) -> str:
+    return f"import time\nstart = time.perf_counter()\nimport {name}\nprint(time.perf_counter() - start)"
+
+
+def starts(config: Config, progress: bool = True) -> list[Row]:
+    """Imports and the first step, each in new processes, one after the other."""
+    if config.start_rounds < 1:
+        return []
+    scripts = {"flowvi": _import("flowvi"), "pyro": _import("pyro"), "first step": _FIRST_STEP}
+    took: dict[str, list[float]] = {who: [] for who in scripts}
+    rounds: Iterable[int] = range(config.start_rounds + 1)  # the first fills the caches
+    for turn in tqdm(rounds, desc="speed, starts", disable=not progress, unit="round"):
+        for who, script in scripts.items():
+            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+            if turn:
+                took[who].append(float(done.stdout))
+    what = {"threads": "all", "group": "start", "D": None, "S": None, "K": None}
+    imports = Times({who: np.array(took[who]) for who in ("flowvi", "pyro")})
+    rows = [imports.row("flowvi", case="import", **what), imports.row("pyro", 1 / 1.1, case="import", **what)]
+    first = Times({"flowvi": np.array(took["first step"])}).row("flowvi", case="first step", **what)
+    return [*rows, first | {"aim": 1.0, "met": statistics.median(took["first step"]) <= 1.0}]

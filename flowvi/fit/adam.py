@@ -1,0 +1,101 @@
+"""Adam (Kingma & Ba 2015, arXiv:1412.6980) on one flat parameter vector, with clipping and steps that can be skipped.
+
+A gradient longer than `CLIP` times its running length is cut to that; one that is not finite is not followed, and
+counted. Nothing leaves the device: no step waits for a number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flowvi.kernels import dispatch
+
+CLIP = 10.0
+"""A gradient longer than this many times its running length is cut to it: rare, and a sign of a bad particle."""
+
+KEEP = 0.98
+"""The running length of the gradient is this much of the old one and the rest of the new."""
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+class FlatParameters:
+    """The parameters of a module as one vector; the module's own become views of it while this is in use.
+
+    One vector means one optimizer step and one norm, however many parameters there are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        with torch.no_grad():
+            self.vector = torch.cat([p.reshape(-1) for p in self.parameters])
+            self.grad = torch.zeros_like(self.vector)
+            self._saved_grads = [p.grad for p in self.parameters]
+            for p, value, grad in zip(self.parameters, *map(self._split, (self.vector, self.grad)), strict=True):
+                p.data, p.grad = value, grad
+        self.vector.grad = self.grad
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        parts = vector.split([p.numel() for p in self.parameters])
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def release(self) -> None:
+        """Give every parameter its own storage again, with its present value."""
+        with torch.no_grad():
+            for p, grad in zip(self.parameters, self._saved_grads, strict=True):
+                p.data, p.grad = p.data.clone(), grad
+                p.copy_(p)  # a new version, so that no transform's cache is taken for fresh
+
+
+class FlatAdam:
+    """Adam on one vector.
+
+    Args:
+        vector: the parameters, changed in place.
+        grad: their gradient, read at each step.
+
+    Attributes:
+        mean: the first moment, of the vector's shape.
+        square: the second moment.
+        state: float64 (3,): steps taken, running length of the gradient, steps skipped.
+    """
+
+    def __init__(self, vector: Tensor, grad: Tensor) -> None:
+        self.vector, self.grad = vector.detach(), grad
+        self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
+        self.state = torch.zeros(3, dtype=torch.float64, device=vector.device)
+        self._kernel = None
+        module = dispatch.compiled("training", self.vector, grad)
+        if module is not None:
+            arrays = [a.numpy() for a in (self.vector, grad, self.mean, self.square, self.state)]
+            self._arrays = arrays
+            self._kernel = module.make_adam(arrays[0].dtype.type)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not taken."""
+        return int(self.state[2])
+
+    def step(self, lr: float, usable: Tensor | bool = True) -> None:
+        """One step of size `lr`, unless the gradient is not finite or `usable` is false."""
+        if self._kernel is not None:
+            self._kernel(*self._arrays, lr, CLIP, KEEP, BETA1, BETA2, EPS, bool(usable))
+            return
+        taken, typical, skipped = self.state.unbind()
+        norm = torch.linalg.vector_norm(self.grad, dtype=torch.float64)
+        ok = torch.isfinite(norm) & usable
+        typical_ = torch.where(taken > 0, typical, norm)
+        cut = torch.minimum(norm, CLIP * typical_)
+        factor = torch.where(norm > 0, cut / norm, 1.0)
+        g = torch.where(ok, self.grad * factor.to(self.grad), 0.0)
+        skipped += ~ok
+        taken += ok
+        typical.copy_(torch.where(ok, KEEP * typical_ + (1 - KEEP) * cut, typical))
+        # A step that is not taken leaves the moments as they are: the weights of old and new become 1 and 0.
+        okf = ok.to(g)
+        self.mean.lerp_(g, (1 - BETA1) * okf)
+        self.square.mul_(1 - (1 - BETA2) * okf).add_((1 - BETA2) * g * g)
+        size = okf * (lr / (1 - BETA1 ** taken.clamp_min(1))).to(g)
+        root = torch.sqrt(1 - BETA2 ** taken.clamp_min(1)).to(g)
+        self.vector.sub_(size * self.mean / (self.square.sqrt() / root + EPS))

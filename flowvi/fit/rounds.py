@@ -1,0 +1,198 @@
+"""The flow chosen by the engine: rounds of training, more layers where they pay, and a stop that says why.
+
+After each round fresh draws tell how far the ELBO is below the log evidence. The goal is a small gap; on the
+way there a round follows as long as the last one gained, and where it did not, the stack grows by layers that
+start at the identity, so that nothing learnt is lost. A Gaussian that is already the answer gets no layers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from flowvi.diagnostics import judge
+from flowvi.fit.engine import Record, Schedule, optimize, seconds_per_step
+from flowvi.flow import Flow
+from flowvi.objectives import ELBO
+from flowvi.targets import LogDensity
+from flowvi.transforms import PlanarStack
+
+SECONDS = 60.0
+"""The default time limit of all rounds."""
+
+GOAL_PER_DIM = 4e-4
+"""The gap, in nats for each dimension, that is good enough: a joint divergence adds up over dimensions."""
+
+GAUSSIAN_GOAL = 1e-3
+"""The gap below which the Gaussian is the answer: an error of about .03 sd, if all of it were in one coordinate."""
+
+FIRST, GROW, MAX_FLOWS = 32, 4, 512
+NUM_DRAWS = 8192
+ROUND_STEPS, MIN_STEPS = 1000, 250
+LR_FALL = math.sqrt(0.5)
+
+
+@dataclass(frozen=True)
+class Check:
+    """What fresh draws say after a round.
+
+    Attributes:
+        num_flows: K.
+        num_steps: the round's steps.
+        elbo: on fresh draws.
+        elbo_se: its standard error.
+        gap: log evidence - ELBO.
+        gap_se: its standard error.
+        khat: of the importance weights.
+        seconds: the round took.
+    """
+
+    num_flows: int
+    num_steps: int
+    elbo: float
+    elbo_se: float
+    gap: float
+    gap_se: float
+    khat: float
+    seconds: float
+
+    def reaches(self, goal: float) -> bool:
+        """Whether the gap is below the goal, beyond its noise."""
+        return self.gap + 2 * self.gap_se < goal
+
+
+@torch.no_grad()
+def check(flow: Flow, density: LogDensity, generator: torch.Generator, *, num_steps: int, seconds: float) -> Check:
+    """Fresh draws of q, weighed."""
+    z, log_q = flow.rsample_and_log_prob(NUM_DRAWS, generator=generator)
+    log_p = torch.cat([density.full(part) for part in z.split(1024)])
+    found = judge(log_p.double().cpu().numpy(), log_q.double().cpu().numpy(), dim=flow.dim)
+    spec = flow.spec
+    assert spec is not None
+    return Check(
+        spec.num_flows, num_steps, found.elbo, found.elbo_se, found.gap, found.gap_se, found.khat, round(seconds, 2)
+    )
+
+
+def grow(flow: Flow, num_flows: int, seed: int) -> Flow:
+    """The same density with more planar layers: the new ones are the identity, in random directions.
+
+    Args:
+        flow: a planar stack, or nothing, and an affine layer.
+        num_flows: K of the larger flow.
+        seed: of the directions.
+    """
+    spec = flow.spec
+    assert spec is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        larger = Flow.from_spec(replace(spec, num_flows=num_flows), dtype=flow.dtype, device=flow.device)
+    with torch.no_grad():
+        stack, affine = larger.transforms
+        old = flow.transforms[0]
+        if isinstance(old, PlanarStack):
+            for new_p, p in zip(stack.parameters(), old.parameters(), strict=True):
+                new_p[: len(p)] = p
+        affine.load_state_dict(flow.transforms[-1].state_dict())
+    return larger
+
+
+def run_rounds(
+    flow: Flow,
+    density: LogDensity,
+    make_objective: Callable[[int | None], ELBO],
+    *,
+    lr: float,
+    first_steps: int,
+    annealed: bool,
+    whitened: bool,
+    seconds: float,
+    seed: int,
+    generator: torch.Generator,
+    progress: bool | None,
+) -> tuple[Flow, Record, list[Check]]:
+    """Train, check, and go on while it pays.
+
+    Args:
+        flow: affine alone (K = 0), at its start.
+        density: the target.
+        make_objective: the number of steps -> the annealed estimator; None -> the one without annealing.
+        lr: the largest step size of the first round.
+        first_steps: steps of the first round.
+        annealed: whether the first round is annealed; later ones never are.
+        whitened: whether the start is the best Gaussian, which may be the answer already.
+        seconds: the time limit.
+        seed: of the new layers' directions.
+        generator: where the randomness comes from.
+        progress: whether bars are shown.
+
+    Returns:
+        The flow, the record of all steps, and the checks; ``record.stopped`` says why it ended.
+    """
+    start = time.perf_counter()
+    goal = GOAL_PER_DIM * flow.dim
+    checks: list[Check] = []
+    record = Record(elbo=torch.empty(0, dtype=torch.float64))
+    if whitened:
+        checks.append(check(flow, density, generator, num_steps=0, seconds=0.0))
+        if checks[0].reaches(GAUSSIAN_GOAL):
+            record.stopped = "the Gaussian is the answer"
+            return flow, record, checks
+    flow = grow(flow, FIRST, seed)
+    num_flows, num_steps, step_lr = FIRST, first_steps, lr
+    best: tuple[Check, Flow] | None = None
+    while True:
+        objective = make_objective(None)
+        cost = seconds_per_step(flow, density, objective, generator=generator)
+        left = seconds - (time.perf_counter() - start)
+        fitting = int(left / cost)
+        if fitting < MIN_STEPS and best is not None:
+            record.stopped = f"the time limit of {seconds:g} s, at a gap of {best[0].gap:.2g} nats"
+            break
+        num_steps = max(MIN_STEPS, min(num_steps, fitting))
+        if annealed and best is None:
+            objective = make_objective(num_steps)
+        round_start = time.perf_counter()
+        seen = optimize(
+            flow,
+            density,
+            objective,
+            Schedule(num_steps, step_lr),
+            generator=generator,
+            progress=progress,
+            description=f"planar K={num_flows}",
+        )
+        record.extend(seen)
+        found = check(flow, density, generator, num_steps=num_steps, seconds=time.perf_counter() - round_start)
+        checks.append(found)
+        gain = math.inf if best is None else found.elbo - best[0].elbo
+        noise = 0.0 if best is None else math.hypot(found.elbo_se, best[0].elbo_se)
+        if best is None or not gain < 0:  # keep the better one; a NaN is not better
+            best = (found, flow) if best is None or math.isfinite(found.elbo) else best
+        if seen.stopped == "interrupted":
+            record.stopped = "interrupted"
+            break
+        if found.reaches(goal):
+            record.stopped = f"the gap to the log evidence, {found.gap:.2g} nats, is small enough"
+            break
+        if gain > max(2 * noise, 0.2 * found.gap) and best[0] is found and not math.isinf(gain):
+            num_steps, step_lr = 2 * num_steps, step_lr * LR_FALL  # it is still learning
+            flow = grow(best[1], num_flows, seed)  # a copy, so that a round that fails can be undone
+        elif num_flows < MAX_FLOWS:
+            num_flows *= GROW
+            num_flows = min(num_flows, MAX_FLOWS)
+            num_steps, step_lr = max(2 * ROUND_STEPS, num_steps), lr / 2
+            flow = grow(best[1], num_flows, seed + num_flows)
+        else:
+            record.stopped = "more layers and more steps gain nothing"
+            break
+    return best[1], record, checks
+
+
+def as_plain(checks: list[Check]) -> list[dict[str, float]]:
+    """The checks as plain data, for ``posterior.config``."""
+    return [asdict(c) for c in checks]

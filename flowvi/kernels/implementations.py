@@ -1,0 +1,164 @@
+"""What the operators do: hand the work to compiled kernels where these serve, to plain torch elsewhere.
+
+Shapes as in `planar` and `radial`; the same dimensions may stand in front of every argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowvi.kernels import dispatch, planar, radial
+
+
+def _array(a: Tensor | None, batch: int) -> Any:
+    """A tensor's memory as a numpy array, its first `batch` dimensions made one."""
+    if a is None:
+        return None
+    a = a.detach().resolve_neg().contiguous()
+    return (a.flatten(0, batch - 1) if batch > 1 else a).numpy()
+
+
+def _arrays(tensors: Sequence[Tensor | None], batch: int) -> list[Any]:
+    return [_array(a, batch) for a in tensors]
+
+
+def _plain(*values: Tensor) -> tuple[Tensor, ...]:
+    return tuple(v.contiguous() for v in values)
+
+
+def _or_zeros(g_y: Tensor | None, x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if g_y is None else g_y
+
+
+# Planar.
+
+
+def _planar_forward(
+    x: Tensor, score: Tensor | None, w: Tensor, u: Tensor, b: Tensor, constraint: str
+) -> tuple[Tensor, ...]:
+    impl = dispatch.compiled("planar", x, score, w, u, b)
+    if impl is None:
+        y, log_det, t = planar.stack_forward(x, w, u, b, constraint)
+        if score is None:
+            return _plain(y, log_det, t)
+        return _plain(y, log_det, t, planar.stack_score(score, w, u, t, constraint))
+    batch = x.dim() - 2
+    y, log_det = x.new_empty(x.shape), x.new_empty(x.shape[:-1])
+    t = x.new_empty(*b.shape, x.shape[-2])
+    out = None if score is None else x.new_empty(x.shape)
+    ins = _arrays((x, score, w, u, b), batch)
+    impl.forward(*ins[:2], 1.0, *ins[2:], constraint == "softplus", *_arrays((y, log_det, out, t), batch))
+    return (y, log_det, t) if out is None else (y, log_det, t, out)
+
+
+def planar_stack(x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, ...]:
+    """See `planar.stack_forward`."""
+    return _planar_forward(x, None, w, u, b, constraint)
+
+
+def planar_stack_score(
+    x: Tensor, score: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str
+) -> tuple[Tensor, ...]:
+    """`planar_stack`, and after its values `planar.stack_score`."""
+    return _planar_forward(x, score, w, u, b, constraint)
+
+
+def planar_stack_backward(
+    g_y: Tensor | None, g_log_det: Tensor | None, x: Tensor, w: Tensor, u: Tensor, b: Tensor, t: Tensor, constraint: str
+) -> tuple[Tensor, ...]:
+    """See `planar.stack_backward`."""
+    impl = dispatch.compiled("planar", g_y, g_log_det, x, w, u, b, t)
+    if impl is None:
+        return _plain(*planar.stack_backward(g_y, g_log_det, x, w, u, b, t, constraint))
+    batch = x.dim() - 2
+    grads = tuple(a.new_empty(a.shape) for a in (x, w, u, b))
+    *ins, t_ = _arrays((_or_zeros(g_y, x), g_log_det, x, w, u, b, t), batch)
+    impl.backward(*ins, constraint == "softplus", t_, *_arrays(grads, batch))
+    return grads
+
+
+def planar_stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, ...]:
+    """See `planar.stack_inverse`."""
+    impl = dispatch.compiled("planar", y, w, u, b) if y.dim() == 2 else None
+    if impl is None:
+        return _plain(*planar.stack_inverse(y, w, u, b, constraint))
+    x, t = y.new_empty(y.shape), y.new_empty(*b.shape, y.shape[-2])
+    impl.inverse(*_arrays((y, w, u, b), 0), constraint == "softplus", *_arrays((x, t), 0))
+    return x, t
+
+
+def planar_stack_inverse_backward(
+    g_x: Tensor, x: Tensor, w: Tensor, u: Tensor, b: Tensor, t: Tensor, constraint: str
+) -> tuple[Tensor, ...]:
+    """The transpose of the inverse: with dx = J^-1 (dy - df/dtheta dtheta), g_y = J^-T g_x and minus f's own."""
+    g_y = planar.stack_score(g_x, w, u, t, constraint, log_det=False)
+    _, *grads = planar_stack_backward(-g_y, None, x, w, u, b, t, constraint)
+    return *_plain(g_y), *grads
+
+
+# Radial.
+
+
+def _radial_forward(
+    x: Tensor, score: Tensor | None, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor
+) -> tuple[Tensor, ...]:
+    impl = dispatch.compiled("radial", x, score, z0, raw_alpha, raw_s)
+    if impl is None:
+        y, log_det, r = radial.stack_forward(x, z0, raw_alpha, raw_s)
+        if score is None:
+            return _plain(y, log_det, r)
+        return _plain(y, log_det, r, radial.stack_score(x, score, z0, raw_alpha, raw_s, r))
+    batch = x.dim() - 2
+    y, log_det = x.new_empty(x.shape), x.new_empty(x.shape[:-1])
+    r = x.new_empty(*raw_s.shape, x.shape[-2])
+    out = None if score is None else x.new_empty(x.shape)
+    ins = _arrays((x, score, z0, raw_alpha, raw_s), batch)
+    impl.forward(*ins[:2], 1.0, *ins[2:], *_arrays((y, log_det, out, r), batch))
+    return (y, log_det, r) if out is None else (y, log_det, r, out)
+
+
+def radial_stack(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, ...]:
+    """See `radial.stack_forward`."""
+    return _radial_forward(x, None, z0, raw_alpha, raw_s)
+
+
+def radial_stack_score(x: Tensor, score: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, ...]:
+    """`radial_stack`, and after its values `radial.stack_score`."""
+    return _radial_forward(x, score, z0, raw_alpha, raw_s)
+
+
+def radial_stack_backward(
+    g_y: Tensor | None, g_log_det: Tensor | None, x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor, r: Tensor
+) -> tuple[Tensor, ...]:
+    """See `radial.stack_backward`."""
+    impl = dispatch.compiled("radial", g_y, g_log_det, x, z0, raw_alpha, raw_s, r)
+    if impl is None:
+        return _plain(*radial.stack_backward(g_y, g_log_det, x, z0, raw_alpha, raw_s, r))
+    batch = x.dim() - 2
+    grads = tuple(a.new_empty(a.shape) for a in (x, z0, raw_alpha, raw_s))
+    ins = (_or_zeros(g_y, x), g_log_det, x, z0, raw_alpha, raw_s, r)
+    impl.backward(*_arrays(ins, batch), *_arrays(grads, batch))
+    return grads
+
+
+def radial_stack_inverse(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, ...]:
+    """See `radial.stack_inverse`."""
+    impl = dispatch.compiled("radial", y, z0, raw_alpha, raw_s) if y.dim() == 2 else None
+    if impl is None:
+        return _plain(*radial.stack_inverse(y, z0, raw_alpha, raw_s))
+    x, r = y.new_empty(y.shape), y.new_empty(*raw_s.shape, y.shape[-2])
+    impl.inverse(*_arrays((y, z0, raw_alpha, raw_s, x, r), 0))
+    return x, r
+
+
+def radial_stack_inverse_backward(
+    g_x: Tensor, x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor, r: Tensor
+) -> tuple[Tensor, ...]:
+    """The transpose of the inverse, as `planar_stack_inverse_backward`."""
+    g_y = radial.stack_score(x, g_x, z0, raw_alpha, raw_s, r, log_det=False)
+    _, *grads = radial_stack_backward(-g_y, None, x, z0, raw_alpha, raw_s, r)
+    return *_plain(g_y), *grads

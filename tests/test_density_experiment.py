@@ -1,0 +1,108 @@
+"""The density experiment: its sets have the densities they say, and its files hold the right numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib: pip install 'flowvi[experiments]'")
+
+from experiments import datasets, density
+from flowvi.errors import FlowVIError
+
+
+@pytest.mark.parametrize("name", datasets.PLANE)
+def test_the_density_of_a_plane_set_is_that_of_its_draws(name):
+    data = datasets.load(name, 100, 5000, seed=1)
+    side, cells = 2 * data.extent, 100
+    line = (torch.arange(cells, dtype=torch.float64) + 0.5) * side / cells - data.extent
+    grid = torch.cartesian_prod(line, line)
+    mass = data.log_density(grid).exp() * (side / cells) ** 2
+    assert mass.sum().item() == pytest.approx(1, abs=2e-3)
+    # Counts in a coarse grid of the plane against the integral of the density over the same cells.
+    coarse = ((grid + data.extent) // (side / 5)).long()
+    expected = torch.zeros(25, dtype=torch.float64).index_add_(0, coarse[:, 0] * 5 + coarse[:, 1], mass)
+    where = ((data.test.double() + data.extent) // (side / 5)).long().clamp(0, 4)
+    counted = torch.bincount(where[:, 0] * 5 + where[:, 1], minlength=25) / len(data.test)
+    assert torch.allclose(counted.double(), expected, atol=5 * 0.5 / math.sqrt(len(data.test)))
+    entropy = -(mass * torch.where(mass > 0, data.log_density(grid), 0.0)).sum()
+    found = -data.log_density(data.test)
+    assert found.mean().item() == pytest.approx(entropy.item(), abs=5 * found.std().item() / 70 + 0.01)
+
+
+def test_sets_are_reproducible_and_apart():
+    one, again = datasets.load("moons", 100, 50, 3), datasets.load("moons", 100, 50, 3)
+    assert torch.equal(one.train, again.train)
+    assert (one.train.shape, one.test.shape, one.train.dtype) == ((100, 2), (50, 2), torch.float32)
+    assert not torch.equal(one.train[:50], datasets.load("moons", 100, 50, 4).train[:50])
+
+
+def test_the_table_is_split_and_continuous():
+    pytest.importorskip("sklearn")
+    data = datasets.load("breast_cancer", 0, 0, seed=0)
+    assert (data.train.shape, data.test.shape, data.log_density) == ((455, 10), (114, 10), None)
+    x = torch.cat([data.train, data.test])
+    assert x.isfinite().all()
+    assert all(len(column.unique()) > 400 for column in x.T)
+
+
+def test_a_missing_package_is_a_message(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(FlowVIError, match=r"pip install 'flowvi\[experiments\]'"):
+        datasets.load("breast_cancer", 0, 0, seed=0)
+
+
+def test_tiny_run(tmp_path):
+    pytest.importorskip("sklearn")
+    config = density.Config(
+        seed=2,
+        datasets=("checkerboard", "moons", "breast_cancer"),
+        flows=("affine", "planar"),
+        num_steps=40,
+        num_train=500,
+        num_test=400,
+        pixels=30,
+    )
+    paths = density.run(config, progress=False).write(tmp_path)
+    assert [path.name for path in paths] == ["results.json", "table.md", "density.png"]
+    rows = json.loads(paths[0].read_text())["rows"]
+    found = {(row["dataset"], row["flow"]): row for row in rows}
+    assert len(found) == len(rows) == 3 * 2 + 2  # and the truth of the two sets of the plane
+    for (name, flow), row in found.items():
+        if name == "breast_cancer":
+            assert row["gap"] is None
+            continue
+        truth = found[name, "truth"]
+        if flow != "truth":
+            assert row["gap"] == pytest.approx(truth["log_likelihood"] - row["log_likelihood"], abs=1e-6)
+            assert row["gap"] > 0
+            assert row["num_rows"] + row["num_held_out"] == 500
+    assert found["checkerboard", "truth"]["log_likelihood"] == pytest.approx(-math.log(32))
+    table = paths[1].read_text()
+    assert "Short fits of 40 steps" in table
+    assert "| planar | 32 |" in table
+
+
+def test_a_set_alone_without_a_picture(tmp_path):
+    pytest.importorskip("sklearn")
+    config = density.Config(datasets=("breast_cancer",), flows=("affine",), num_steps=5)
+    density.run(config, progress=False).write(tmp_path)
+    assert (tmp_path / "density.png").exists()
+
+
+def test_ctrl_c_ends_all_of_it(monkeypatch):
+    fit = density.flowvi.fit_density
+
+    def stopped(*args, **kwargs):
+        q = fit(*args, **kwargs)
+        q.config["stopped"] = "interrupted"
+        return q
+
+    monkeypatch.setattr("flowvi.fit_density", stopped)
+    config = density.Config.quick()
+    assert config.flows is None  # all of them
+    with pytest.raises(KeyboardInterrupt):
+        density.run(config, progress=False)

@@ -1,0 +1,119 @@
+"""The step without a tape is the step by autograd; Adam on a flat vector is torch's Adam, and skips what it must."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import flowvi
+from flowvi import kernels
+from flowvi.fit.adam import CLIP, FlatAdam, FlatParameters
+from flowvi.fit.steps import TapeStep, make_step
+
+OBJECTIVES = (flowvi.ELBO, flowvi.PathELBO, flowvi.BalancedELBO)
+
+
+def away_from_the_start(name, base, dim, dtype):
+    torch.manual_seed(0)
+    flow = flowvi.Flow.from_spec(flowvi.FlowSpec(name, dim, 4, base), dtype=dtype)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return flow
+
+
+def one(flow, target, objective, tape):
+    flat = FlatParameters(flow.module)
+    try:
+        step = TapeStep(flow, target, objective, flat) if tape else make_step(flow, target, objective, flat)
+        num, elbo = step(0.7, torch.Generator().manual_seed(3))
+        return step.fused, float(num), float(elbo), flat.grad.clone()
+    finally:
+        flat.release()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", ["planar", "radial"])
+@pytest.mark.parametrize("base", ["diag", "low_rank", "full"])
+@pytest.mark.parametrize("dim", [2, 14])
+def test_a_step_without_a_tape_is_the_step_by_autograd(backend, name, base, dim):
+    target = flowvi.as_density(flowvi.energies.Funnel(dim), dtype=torch.float64)
+    flow = away_from_the_start(name, base, dim, torch.float64)
+    for kind in OBJECTIVES:
+        with kernels.use(backend):
+            fused, *found = one(flow, target, kind(64), tape=False)
+        _, *expected = one(flow, target, kind(64), tape=True)
+        assert fused
+        assert found[:2] == pytest.approx(expected[:2], rel=1e-12)
+        assert torch.allclose(found[2], expected[2], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_bad_particles_are_left_out_without_a_tape_too(backend, kind):
+    class Holes:
+        def value_and_grad(self, z):
+            return torch.where(z[:, 0] > 0.5, math.nan, -0.5 * z.square().sum(-1)), -z
+
+    flow = away_from_the_start("planar", "full", 2, torch.float64)
+    with kernels.use(backend):
+        _, *found = one(flow, Holes(), kind(64), tape=False)
+    _, *expected = one(flow, Holes(), kind(64), tape=True)
+    assert 0 < found[0] < 64
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-12)
+    assert torch.allclose(found[2], expected[2], rtol=1e-10, atol=1e-10)
+
+
+def test_what_cannot_be_bound_goes_by_autograd():
+    target = flowvi.as_density(flowvi.energies.U2())
+    wide = flowvi.Flow(torch.distributions.Normal(torch.zeros(2), 2.0), [flowvi.transforms.PlanarStack(2, 4)])
+    assert not one(wide, target, flowvi.PathELBO(8), tape=False)[0]
+    layers = flowvi.Flow(2, [flowvi.transforms.Planar(2), flowvi.transforms.Affine(2)])
+    assert not one(layers, target, flowvi.PathELBO(8), tape=False)[0]
+
+    class Mine(flowvi.PathELBO):
+        def backward(self, *args, **options):
+            return super().backward(*args, **options)
+
+    flow = away_from_the_start("planar", "full", 2, torch.float32)
+    assert one(flow, target, flowvi.PathELBO(8), tape=False)[0]
+    assert not one(flow, target, Mine(8), tape=False)[0]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adam_is_torchs_adam(backend, dtype):
+    torch.manual_seed(0)
+    start = torch.randn(50, dtype=dtype)
+    ours, grad = start.clone(), torch.zeros(50, dtype=dtype)
+    theirs = start.clone().requires_grad_()
+    with kernels.use(backend):
+        adam = FlatAdam(ours, grad)
+        expected = torch.optim.Adam([theirs], lr=0.1)
+        for step in range(30):
+            grad.copy_(torch.randn(50, dtype=dtype))
+            theirs.grad = grad.clone()
+            expected.param_groups[0]["lr"] = 0.1 / (1 + step)
+            adam.step(0.1 / (1 + step))
+            expected.step()
+    assert torch.allclose(ours, theirs.detach(), atol=1e-6 if dtype == torch.float32 else 1e-13)
+    assert adam.skipped == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_adam_skips_and_clips(backend):
+    vector, grad = torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    with kernels.use(backend):
+        adam = FlatAdam(vector, grad)
+        adam.step(0.1)
+        before = [a.clone() for a in (vector, adam.mean, adam.square, adam.state[:2])]
+        for bad, usable in ((math.nan, True), (math.inf, True), (1.0, False), (1.0, torch.tensor(False))):
+            grad.fill_(bad)
+            adam.step(0.1, usable)
+        assert adam.skipped == 4
+        assert all(torch.equal(a, b) for a, b in zip(before, (vector, adam.mean, adam.square, adam.state[:2])))
+        grad.fill_(1e6)
+        adam.step(0.1)
+        assert torch.allclose(adam.mean, torch.full((3,), 0.09 + 0.1 * CLIP, dtype=torch.float64))
