@@ -1,13 +1,14 @@
-"""The command line: `python -m experiments list | fig1 | fig3 | density`."""
+"""The command line: `python -m experiments list | fig1 | fig3 | density | speed | flow_length | truth | verdict`."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from experiments import density, fig1, fig3
+from experiments import density, fig1, fig3, flow_length, gallery, speed, truth, verdict
 from experiments.report import INSTALL, Report
 from flowvi.errors import FlowVIError
 
@@ -26,10 +27,21 @@ Quick = Annotated[bool, typer.Option("--quick", help="Coarse and short, to see t
 Seed = Annotated[int, typer.Option(help="The seed of everything random.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="The folder to write to, made where missing.", show_default="experiments/results/NAME"),
+    typer.Option(
+        help="The folder to write to, made where missing.",
+        show_default="experiments/results/NAME, or results/quick/NAME",
+    ),
 ]
 
-MAKES = {"fig1": fig1.TITLE, "fig3": fig3.TITLE, "density": density.TITLE}
+MAKES = {
+    "fig1": fig1.TITLE,
+    "fig3": fig3.TITLE,
+    "density": density.TITLE,
+    "speed": speed.TITLE,
+    "flow_length": flow_length.TITLE,
+    "truth": truth.TITLE,
+    "verdict": verdict.TITLE,
+}
 
 
 @app.command("list")
@@ -42,7 +54,7 @@ def list_experiments() -> None:
 @app.command("fig1", help=fig1.TITLE)
 def run_fig1(quick: Quick = False, seed: Seed = 0, out: Out = None) -> None:  # noqa: D103 (its help is above)
     config = fig1.Config.quick(seed) if quick else fig1.Config(seed=seed)
-    _finish(lambda: fig1.run(config), out)
+    _finish(lambda: fig1.run(config), out, quick)
 
 
 @app.command("fig3", help=fig3.TITLE)
@@ -53,23 +65,100 @@ def run_fig3(  # noqa: D103 (its help is above)
     out: Out = None,
 ) -> None:
     config = fig3.Config.quick(seed, seeds) if quick else fig3.Config(seed=seed, seeds=seeds)
-    _finish(lambda: fig3.run(config), out)
+    _finish(lambda: fig3.run(config), out, quick)
 
 
 @app.command("density", help=density.TITLE)
 def run_density(quick: Quick = False, seed: Seed = 0, out: Out = None) -> None:  # noqa: D103 (its help is above)
     config = density.Config.quick(seed) if quick else density.Config(seed=seed)
-    _finish(lambda: density.run(config), out)
+    _finish(lambda: density.run(config), out, quick)
 
 
-def _finish(run: Callable[[], Report], out: Path | None) -> None:
+@app.command("speed", help=speed.TITLE)
+def run_speed(quick: Quick = False, seed: Seed = 0, out: Out = None) -> None:  # noqa: D103 (its help is above)
+    config = speed.Config.quick(seed) if quick else speed.Config(seed=seed)
+    _finish(lambda: speed.run(config), out, quick)
+
+
+@app.command("truth", help=truth.TITLE)
+def run_truth(  # noqa: D103 (its help is above)
+    quick: Quick = False,
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")] = 1,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="The folder of reference posteriors.", show_default="four posteriors with exact answers"),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="One of them, again for more: " + "; ".join(truth.METHODS) + ".", show_default="all"),
+    ] = None,
+    out: Out = None,
+) -> None:
+    name = None if references is None else references.name
+    config = truth.Config.quick(seed, seeds, name) if quick else truth.Config(seed, seeds, name)
+    if method:
+        config = dataclasses.replace(config, methods=tuple(method))
+    folder = _folder("truth", out, quick)
+    _finish(lambda: truth.run(config, folder, references), folder, quick)
+
+
+@app.command("verdict", help=verdict.TITLE)
+def run_verdict(  # noqa: D103 (its help is above)
+    quick: Quick = False,
+    seed: Seed = 0,
+    num_targets: Annotated[int | None, typer.Option(min=1, help="How many.", show_default="220")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds of each fit with nothing set.", show_default="flowvi's")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 1,
+    out: Out = None,
+) -> None:
+    config = verdict.Config.quick(seed, workers) if quick else verdict.Config(seed=seed, workers=workers)
+    config = dataclasses.replace(config, time_limit=time_limit, num_targets=num_targets or config.num_targets)
+    folder = _folder("verdict", out, quick)
+    _finish(lambda: verdict.run(config, folder), folder, quick)
+
+
+@app.command("flow_length", help=flow_length.TITLE)
+def run_flow_length(  # noqa: D103 (its help is above)
+    quick: Quick = False,
+    seed: Seed = 0,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds, from --seed on [5; quick: 1].")] = None,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Steps of each fit [2000; quick: 100].")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="The folder of reference posteriors.", show_default="two with exact answers"),
+    ] = None,
+    out: Out = None,
+) -> None:
+    config = flow_length.Config.quick(seed) if quick else flow_length.Config(seed=seed)
+    config = config.changed(seeds, num_steps, references is not None)
+    folder = _folder("flow_length", out, quick)
+    _finish(lambda: flow_length.run(config, folder, references, workers), folder, quick)
+
+
+@app.command("gallery", help=gallery.TITLE)
+def run_gallery(quick: Quick = False, seed: Seed = 0, out: Out = None) -> None:  # noqa: D103 (its help is above)
+    config = gallery.Config.quick(seed) if quick else gallery.Config(seed=seed)
+    for path in gallery.run(config, _folder("gallery", out, quick)):
+        typer.echo(f"wrote {path}")
+
+
+def _folder(name: str, out: Path | None, quick: bool) -> Path:
+    """Where results go. Quick ones have a place of their own: they never replace those to quote."""
+    return out or Path("experiments", "results", *(["quick"] if quick else []), name)
+
+
+def _finish(run: Callable[[], Report], out: Path | None, quick: bool) -> None:
     """Run, write, and say where; an error of flowvi's is a message here, not a traceback."""
     try:
         report = run()
     except FlowVIError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    paths = report.write(out or Path("experiments", "results", report.name))
+    paths = report.write(_folder(report.name, out, quick))
     typer.echo(paths[1].read_text(encoding="utf-8"))
     for path in paths:
         typer.echo(f"wrote {path}")

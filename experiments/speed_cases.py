@@ -54,7 +54,7 @@ class Config:
     sweep_rounds: int = 9
     start_rounds: int = 5
     seconds: float = 0.02
-    """A round calls each function as often as fits in this, once at least."""
+    """A turn in a round lasts about so long, one call at least."""
     stacks: tuple[tuple[str, int, int, int, float], ...] = (
         ("planar", 2, 256, 32, 30),
         ("planar", 2, 256, 128, 45),
@@ -79,9 +79,10 @@ class Config:
 
     @classmethod
     def quick(cls, seed: int = 0) -> Config:
-        """Few rounds and short sweeps, to see that it works: its figures are not the ones to quote."""
+        """One thread, few rounds and short sweeps, to see that it works: its figures are not the ones to quote."""
         return cls(
             seed=seed,
+            threads=("one",),
             rounds=3,
             sweep_rounds=3,
             start_rounds=1,
@@ -187,21 +188,27 @@ def alternate(runs: Mapping[str, Run], rounds: int, seconds: float) -> Times:
     calls = {}
     for who, run in runs.items():
         run(2)  # compiles, allocates
-        start = time.perf_counter()
-        run(1)
-        calls[who] = max(1, round(seconds / (time.perf_counter() - start)))
+        n, spent = 1, _clocked(run, 1)
+        while spent < seconds:
+            n *= 2 if spent > 0.25 * seconds else 4
+            spent = _clocked(run, n)
+        calls[who] = n
     took: dict[str, list[float]] = {who: [] for who in runs}
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             for who, run in runs.items():
-                start = time.perf_counter()
-                run(calls[who])
-                took[who].append((time.perf_counter() - start) / calls[who])
+                took[who].append(_clocked(run, calls[who]) / calls[who])
     finally:
         gc.enable()
     return Times({who: np.array(t) for who, t in took.items()})
+
+
+def _clocked(run: Run, n: int) -> float:
+    start = time.perf_counter()
+    run(n)
+    return time.perf_counter() - start
 
 
 # The cases.
@@ -209,10 +216,12 @@ def alternate(runs: Mapping[str, Run], rounds: int, seconds: float) -> Times:
 
 def pin(threads: str) -> None:
     """Give this process one core, or all of them; before anything has started threads."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     if threads != "one":
+        torch.set_num_threads(len(cores))
         return
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, {max(cores)})
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     torch.set_num_threads(1)
 

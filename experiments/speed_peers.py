@@ -228,7 +228,9 @@ def planar_steps(peers: Sequence[str], dim: int, num_particles: int, num_flows: 
 
 def _model(target: Energy) -> Callable[[], None]:
     def model() -> None:
-        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (target.dim,)))
+        # Masked: it tells Pyro where z lives and where to start, and has no part in the density.
+        flat = dist.Normal(torch.zeros(target.dim), 1.0).to_event(1).mask(False)
+        z = pyro.sample("z", flat)
         pyro.factor("log_density", target.log_density(z))
 
     return model

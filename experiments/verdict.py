@@ -16,22 +16,20 @@ import importlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import flowvi
-from experiments.journal import Journal
 from experiments.known_models import FAMILIES, make
 from experiments.known_targets import KnownTarget, Random
+from experiments.parallel import Case, Row, run_cases
 from experiments.report import Report, require_matplotlib
+from flowvi._version import __version__
 from flowvi.errors import FlowVIError, FlowVIWarning
 
 if TYPE_CHECKING:
@@ -90,63 +88,33 @@ class Config:
         return cls(seed, num_targets=11, num_draws=20_000, num_resampled=5000, num_steps=100, workers=workers)
 
 
-def journal(config: Config, path: Path | None) -> Journal:
-    """The rows on disk; more targets or another number of workers go on with the same file."""
-    return Journal(path, {k: v for k, v in dataclasses.asdict(config).items() if k not in ("num_targets", "workers")})
-
-
 def options(index: int, seed: int) -> Mapping[str, Any]:
     """What is set in the fit of this number: nothing, or what spoils it."""
     random = Random(7_777_777 + 1_000_003 * seed + index)
     return random.choice(SPOILED) if random.uniform(0.0, 1.0) < SPOILED_SHARE else {}
 
 
-def run(config: Config, rows: Journal | None = None, progress: bool = True) -> Report:
+def run(config: Config, out: Path, progress: bool = True) -> Report:
     """Fit everything that has no row yet, and make the table.
 
     Args:
         config: what to do.
-        rows: where the rows go as they come; in memory if None.
+        out: the folder whose rows.jsonl keeps each row as it comes; more targets, or other workers, go on with it.
         progress: whether a bar is shown.
     """
     require_matplotlib()
-    start = time.perf_counter()
-    rows = rows or journal(config, None)
-    missing = [index for index in range(config.num_targets) if str(index) not in rows.rows]
-    bar = tqdm(
-        total=config.num_targets,
-        initial=config.num_targets - len(missing),
-        desc="verdict",
-        disable=not progress,
-        unit="fit",
-    )
-    with bar:
-        for row in _rows(config, missing):
-            rows.add(str(row["index"]), row)
-            bar.set_postfix_str(f"{row['name']}: {'trusted' if row['trusted'] else 'not trusted'}, {row['truth']}")
-            bar.update()
-    done = [rows.rows[str(index)] for index in range(config.num_targets)]
-    seconds = time.perf_counter() - start
-    return Report("verdict", TITLE, config, done, table(done), _notes(config, done), draw(done), seconds)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("num_targets", "workers")}
+    settings["flowvi"] = __version__
+    cases = [{**settings, "index": index} for index in range(config.num_targets)]
+    fits = run_cases(work, cases, out / "rows.jsonl", workers=config.workers, description="verdict", progress=progress)
+    seconds = sum(row["seconds"] for row in fits)  # over all processes, and calls
+    return Report("verdict", TITLE, config, fits, table(fits), _notes(config, fits), draw(fits), seconds)
 
 
-def _rows(config: Config, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Rows as they come, from this process or from workers of one thread each."""
-    if config.workers == 1:
-        for index in indices:
-            yield fit_one(config, index)
-        return
-    pool = ProcessPoolExecutor(
-        config.workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    )
-    try:
-        waiting: set[Future[dict[str, Any]]] = {pool.submit(fit_one, config, index) for index in indices}
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def work(case: Case) -> Row:
+    """The row of one case."""
+    settings = {k: v for k, v in case.items() if k not in ("index", "flowvi")}
+    return fit_one(Config(**settings), case["index"])
 
 
 def fit_one(config: Config, index: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """flowvi: variational inference with normalizing flows, on Pyro and PyTorch."""
 
-from flowvi import energies, errors, transforms
+from flowvi import energies, errors, plotting, transforms
 from flowvi._version import __version__
 from flowvi.compare import compare
 from flowvi.density_fit import DensityFit
@@ -38,5 +38,6 @@ __all__ = [
     "fit_density",
     "load",
     "load_density",
+    "plotting",
     "transforms",
 ]

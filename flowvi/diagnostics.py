@@ -8,8 +8,17 @@ With draws z_s of q and log w_s = log p(z_s) - log q(z_s):
   1 / k-hat finite moments, and from about 0.7 on neither weights nor draws can be relied on;
 - the effective sample size of the smoothed weights, (sum w)^2 / sum w^2.
 
-All of them look at the target through draws of q. **A mode that q never visits shows in none of them**; only
-a known normalizer, or another start, tells. The verdict says so.
+All of them look at the target through draws of q, and a place that q should visit and doesn't hardly shows. So draws
+of q are handed to a short HMC in the flow's coordinates too (`flowvi.short_run`), which tells
+
+- J = KL(q || p) + KL(p || q), and by how much each mean and sd would have to move.
+
+**A far mode that neither draws nor chains reach shows in none of them**; only a known normalizer, or another
+start, tells. So the evidence by importance sampling from all of the whitening's starts is compared with that by q:
+
+- missed = log evidence by the starts - log evidence by q, above 0 where a start found mass that q has not.
+
+What no start found stays unseen. The verdict says so.
 
 Sources: Vehtari, Simpson, Gelman, Yao, Gabry (2024), "Pareto smoothed importance sampling", JMLR 25(72);
 Yao, Vehtari, Simpson, Gelman (2018), "Yes, but did it work? Evaluating variational inference", ICML.
@@ -18,13 +27,17 @@ Yao, Vehtari, Simpson, Gelman (2018), "Yes, but did it work? Evaluating variatio
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flowvi.errors import DimensionError, OptionError
+
+if TYPE_CHECKING:
+    from flowvi.short_run import ShortRun
 
 __all__ = [
     "ESS_LIMIT",
@@ -32,6 +45,7 @@ __all__ = [
     "NONFINITE_LIMIT",
     "Diagnostics",
     "gap_limit",
+    "j_limit",
     "judge",
     "khat_limit",
     "psis",
@@ -40,6 +54,11 @@ __all__ = [
 MIN_DRAWS = 100  # fewer leave PSIS without a tail to fit
 ESS_LIMIT = 0.2  # of the draws, as PSIS weights see them
 NONFINITE_LIMIT = 0.01  # of the draws
+FLAT_WEIGHT = 3.0  # times the mean: where no weight is larger, no tail of them matters
+SHIFT_LIMIT = 0.1  # of a mean in sds, or of an sd relative to itself, beyond three standard errors
+MISSED_LIMIT = 0.03  # nats of evidence, beyond three standard errors
+SETTLED = 1.2  # R-hat of the short HMC, below which its chains have forgotten where they began
+QUIET_ESS = 0.8  # of the draws, for the short HMC to overrule k-hat
 _UNDERFLOW = -700.0  # log weights this far below the largest are zero
 _FLAT = 1e-3  # log weights closer than this are equal: float32 rounding of log q at D = 1000 stays below
 
@@ -66,6 +85,11 @@ class Diagnostics:
         num_samples: How many draws were made.
         trusted: Whether every check passed. Never true where a number is NaN.
         verdict: What was found and what to do, in plain words.
+        j: The symmetric KL divergence by the short HMC, and `j_se`; None where it was not run.
+        shift: The largest shift of a mean that the short HMC asks for, in sds, beyond three standard errors; and
+            `shift_site` where. 0 where there is none.
+        stretch: The same for an sd: how far its ratio is from 1 beyond three standard errors; and `stretch_site`.
+        missed: Log evidence by all starts of the whitening minus `log_evidence`, and `missed_se`; None without them.
         kl: KL(q || p) = log Z - ELBO, where the target's normalizer is known, and `kl_se`. A missed mode does
             show in it.
     """
@@ -83,6 +107,14 @@ class Diagnostics:
     num_samples: int
     trusted: bool
     verdict: str
+    j: float | None = None
+    j_se: float | None = None
+    shift: float = 0.0
+    shift_site: str = ""
+    stretch: float = 0.0
+    stretch_site: str = ""
+    missed: float | None = None
+    missed_se: float | None = None
     kl: float | None = None
     kl_se: float | None = None
 
@@ -96,6 +128,8 @@ class Diagnostics:
         ]
         if self.kl is not None and self.kl_se is not None:
             parts.insert(2, f"KL {_pm(self.kl, self.kl_se)}")
+        if self.j is not None and self.j_se is not None:
+            parts.append(f"J {_pm(self.j, self.j_se)}")
         if self.nonfinite_fraction > 0:
             parts.append(f"{_percent(self.nonfinite_fraction)} of the draws not finite")
         return ", ".join(parts)
@@ -172,18 +206,37 @@ def psis(log_weights: _Array, *, backend: str | None = None) -> tuple[_Array, fl
     return np.where(positive, smoothed, -np.inf), float(khat)
 
 
-def judge(log_p: _Array, log_q: _Array, *, dim: int, log_normalizer: float | None = None) -> Diagnostics:
+def j_limit(dim: int) -> float:
+    """The largest symmetric KL in nats to call small: min(0.3 + 0.01 D, 1.2); as `gap_limit`, for both directions."""
+    return min(0.3 + 0.01 * dim, 1.2)
+
+
+def judge(
+    log_p: _Array,
+    log_q: _Array,
+    *,
+    dim: int,
+    log_normalizer: float | None = None,
+    moved: ShortRun | None = None,
+    starts_evidence: tuple[float, float] | None = None,
+    name: Callable[[int], str] = "z[{}]".format,
+) -> Diagnostics:
     """Diagnostics and verdict from log p and log q at fresh draws of q.
 
-    The rule: trusted if at most 1% of the draws are not finite, k-hat is below `khat_limit`, the ELBO is less
-    than `gap_limit` below the log evidence (two standard errors added), the ESS is at least 20% of the draws
-    and, where log Z is known, KL(q || p) is below `gap_limit` too.
+    The rule: trusted if at most 1% of the draws are not finite, k-hat is below `khat_limit` (or no weight is above
+    three times the mean), the ELBO is less than `gap_limit` below the log evidence (two standard errors added),
+    the ESS is at least 20% of the draws, the short HMC finds J below `j_limit` and asks for no shift of a mean or
+    sd beyond .1, the whitening's starts found no evidence that q misses (.03 nats and three standard errors) and, where log Z is known, KL(q || p) is below `gap_limit` too. Where k-hat alone fails and the
+    short HMC, settled, finds nothing to move, means and sds are trusted, and the tails called in doubt.
 
     Args:
         log_p: Unnormalized log density of the target at the draws (S,).
         log_q: Log density of the flow at the draws (S,).
         dim: D, which sets the limit of the gap.
         log_normalizer: The target's log Z where it is known.
+        moved: What the short HMC found, where it was run.
+        starts_evidence: The log evidence by all starts of the whitening, and its standard error.
+        name: What to call a coordinate of z.
 
     Returns:
         The diagnostics.
@@ -202,13 +255,14 @@ def judge(log_p: _Array, log_q: _Array, *, dim: int, log_normalizer: float | Non
     numbers: dict[str, Any] = dict.fromkeys(
         ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "gap", "gap_se"), float("nan")
     )
-    khat, ess = float("inf"), 0.0
+    khat, ess, flat = float("inf"), 0.0, False
     if finite.sum() >= 2:
         log_w = np.full(num, -np.inf)
         log_w[finite] = log_p[finite] - log_q[finite]
         numbers.update(_estimates(log_w, finite))
         smoothed, khat = psis(log_w)
         ess = float(1 / np.exp(2 * smoothed).sum())
+        flat = bool(log_w.max() - numbers["log_evidence"] < np.log(FLAT_WEIGHT))
     numbers |= {
         "khat": khat,
         "ess": ess,
@@ -218,7 +272,15 @@ def judge(log_p: _Array, log_q: _Array, *, dim: int, log_normalizer: float | Non
     }
     if log_normalizer is not None:
         numbers |= {"kl": float(log_normalizer) - numbers["elbo"], "kl_se": numbers["elbo_se"]}
-    trusted, verdict = _verdict(Diagnostics(**numbers, trusted=False, verdict=""), gap_limit(dim))
+    if starts_evidence is not None:
+        numbers["missed"] = starts_evidence[0] - numbers["log_evidence"]
+        numbers["missed_se"] = float(np.hypot(starts_evidence[1], numbers["log_evidence_se"]))
+    settled = False
+    if moved is not None:
+        numbers |= _moves(moved, name)
+        settled = bool(moved.r_hat.max() < SETTLED)
+    found = Diagnostics(**numbers, trusted=False, verdict="")
+    trusted, verdict = _verdict(found, dim, flat=flat, settled=settled)
     return Diagnostics(**numbers, trusted=trusted, verdict=verdict)
 
 
@@ -242,15 +304,39 @@ def _estimates(log_w: _Array, finite: NDArray[np.bool_]) -> dict[str, float]:
     }
 
 
-def _verdict(d: Diagnostics, limit: float) -> tuple[bool, str]:
+def _moves(moved: ShortRun, name: Callable[[int], str]) -> dict[str, Any]:
+    """J, and the worst shift and stretch beyond three standard errors, with their places."""
+    shift = (moved.mean_shift.abs() - 3 * moved.mean_shift_se).clamp_min(0).nan_to_num(nan=np.inf)
+    stretch = ((moved.sd_ratio - 1).abs() - 3 * moved.sd_ratio_se).clamp_min(0).nan_to_num(nan=np.inf)
+    return {
+        "j": moved.j,
+        "j_se": moved.j_se,
+        "shift": float(shift.max()),
+        "shift_site": name(int(shift.argmax())),
+        "stretch": float(stretch.max()),
+        "stretch_site": name(int(stretch.argmax())),
+    }
+
+
+def _verdict(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bool, str]:
     """Whether every check passed, and the sentences. A comparison with NaN fails, as it must."""
+    limit = gap_limit(dim)
     if not np.isfinite([d.elbo, d.log_evidence]).all():
         return False, (
             "Do not trust this: no draw of the flow has a finite log density. Check the model and its data "
             "at a few points (posterior.density(z)), and try dtype=torch.float64."
         )
     bad: list[str] = []
-    tail_ok = d.khat < khat_limit(d.num_samples)
+    tail_ok = flat or d.khat < khat_limit(d.num_samples)
+    if d.missed is not None and d.missed_se is not None and not d.missed < MISSED_LIMIT + 3 * d.missed_se:
+        bad.append(
+            f"The starts found more than the flow holds: the log evidence by all of them is {d.missed:.2g} ± "
+            f"{d.missed_se:.1g} nats larger, so a mode, or a part of one, is missing. Fit again with anneal=True or more "
+            "restarts."
+        )
+    if d.j is not None and d.j_se is not None:
+        bad += _bad_moves(d, j_limit(dim))
+    quiet = settled and not bad and d.ess_fraction >= QUIET_ESS and d.gap + 2 * d.gap_se < limit
     if not d.nonfinite_fraction <= NONFINITE_LIMIT:
         bad.append(
             f"{_percent(d.nonfinite_fraction)} of the draws have no finite log density: look for a division "
@@ -262,7 +348,7 @@ def _verdict(d: Diagnostics, limit: float) -> tuple[bool, str]:
             f"The flow is {d.kl:.3g} nats from the target in KL(q || p) (limit {limit:.2g})"
             + (", and misses part of its mass, such as a mode: use anneal=True or more restarts." if missing else ".")
         )
-    if not tail_ok:
+    if not tail_ok and not quiet:
         bad.append(
             f"The largest importance weights have a heavy tail (k-hat {d.khat:.2f}, limit "
             f"{khat_limit(d.num_samples):.2f}): the flow is too narrow somewhere, and resample() can't "
@@ -288,9 +374,14 @@ def _verdict(d: Diagnostics, limit: float) -> tuple[bool, str]:
         )
     if bad:
         return False, "Do not trust this yet. " + " ".join(bad)
+    weights = f"the importance weights are well behaved (k-hat {d.khat:.2f}, limit {khat_limit(d.num_samples):.2f})"
+    if not tail_ok:
+        weights = (
+            f"means and sds stay where they are under a short HMC (the tails are in doubt: k-hat {d.khat:.2f}, so "
+            "take extreme quantiles from resample() or refine())"
+        )
     return True, (
-        f"Trusted: the importance weights are well behaved (k-hat {d.khat:.2f}, limit "
-        f"{khat_limit(d.num_samples):.2f}), the ELBO is {max(d.gap, 0.0):.2g} nats below the log evidence "
+        f"Trusted: {weights}, the ELBO is {max(d.gap, 0.0):.2g} nats below the log evidence "
         f"(limit {limit:.2g}), and {d.ess_fraction:.0%} of the draws are effective. "
         + (
             "The known normalizer confirms it."
@@ -299,6 +390,25 @@ def _verdict(d: Diagnostics, limit: float) -> tuple[bool, str]:
             "another seed."
         )
     )
+
+
+def _bad_moves(d: Diagnostics, limit: float) -> list[str]:
+    """What the short HMC holds against the flow."""
+    assert d.j is not None
+    assert d.j_se is not None
+    bad = []
+    if not d.j + 2 * d.j_se < limit:
+        bad.append(
+            f"A short HMC that starts at its draws moves away: the symmetric KL is {d.j:.2g} ± {d.j_se:.1g} nats "
+            f"(limit {limit:.2g})."
+        )
+    if not d.shift < SHIFT_LIMIT:
+        bad.append(f"It moves the mean of {d.shift_site} by more than {d.shift:.2g} sd.")
+    if not d.stretch < SHIFT_LIMIT:
+        bad.append(f"It changes the sd of {d.stretch_site} by more than {d.stretch:.0%}.")
+    if bad:
+        bad.append("refine() goes on with that HMC until it has settled; more flows or a longer fit may do as well.")
+    return bad
 
 
 def _find_psis(backend: str | None) -> Any:

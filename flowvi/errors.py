@@ -8,6 +8,7 @@ expect as well (`ValueError`, `KeyError`), so that ordinary handlers keep workin
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointWarning",
     "DimensionError",
     "DiscreteLatentError",
     "FileFormatError",
@@ -74,6 +75,10 @@ class FileFormatError(FlowVIError, ValueError):
 
 class FlowVIWarning(UserWarning):
     """Base class of all of flowvi's warnings."""
+
+
+class CheckpointWarning(FlowVIWarning):
+    """A checkpoint of a fit could not be written; the fit goes on without it."""
 
 
 class SlowPathWarning(FlowVIWarning):

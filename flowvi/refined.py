@@ -16,7 +16,6 @@ from flowvi.chains import Agreement, Chains, agreement, describe_separation
 from flowvi.diagnostics import Diagnostics
 from flowvi.errors import FileFormatError
 from flowvi.posterior import _SUMMARY_ELEMENTS, Posterior, _check_count
-from flowvi.targets.sites import Layout
 
 __all__ = ["DIVERGENCE_LIMIT", "RefinedDiagnostics", "RefinedPosterior"]
 
@@ -119,21 +118,24 @@ class RefinedPosterior(Posterior):
         """R-hat and ESS of the unconstrained coordinates, at their worst."""
         return agreement(self.chains.z)
 
-    def diagnose(self, num_samples: int = 10_000, *, seed: int | None = None) -> RefinedDiagnostics:
+    def diagnose(
+        self, num_samples: int = 10_000, *, seed: int | None = None, hmc: bool = False
+    ) -> RefinedDiagnostics:
         """R-hat, ESS and divergences of the chains, the evidence by bridge sampling, and a verdict in words.
 
         Args:
             num_samples: Draws of the flow for ELBO and k-hat, at least 100.
             seed: As for `Posterior.diagnose`.
+            hmc: Not used: the chains are an HMC.
 
         Returns:
             The diagnostics. Trusted only if R-hat is below the limit, bulk and tail ESS reach what was asked, at
             most 0.1% of the steps diverged and, where the target's log Z is known, the evidence agrees with it.
         """
         _check_count("num_samples", num_samples, 100)
-        key = (num_samples, seed)
+        key = (num_samples, seed, False)
         if key not in self._diagnoses:
-            of_flow = self.unrefined.diagnose(num_samples, seed=seed)
+            of_flow = self.unrefined.diagnose(num_samples, seed=seed, hmc=False)
             found, chains = self.agreement, self.chains
             evidence, evidence_se = chains.log_evidence, chains.log_evidence_se
             ess = min(found.ess_bulk, found.ess_tail)
@@ -157,7 +159,7 @@ class RefinedPosterior(Posterior):
                     "kl_se": None,
                 },
                 r_hat=found.r_hat,
-                worst=self._name(found.worst),
+                worst=self.density.coordinate_name(found.worst),
                 ess_bulk=found.ess_bulk,
                 ess_tail=found.ess_tail,
                 num_chains=chains.num_chains,
@@ -177,7 +179,7 @@ class RefinedPosterior(Posterior):
         agree = found.r_hat < self.goal_r_hat
         go_on = "Call refine() on this result to go on from here, with a larger time_limit"
         if not agree:
-            words = f"The chains disagree (R-hat {found.r_hat:.4g} at {self._name(found.worst)}, limit "
+            words = f"The chains disagree (R-hat {found.r_hat:.4g} at {self.density.coordinate_name(found.worst)}, limit "
             words += f"{self.goal_r_hat:.4g})"
             long = chains.z.shape[1] >= LONG_ENOUGH
             apart = describe_separation(chains.z[:, :, found.worst]) if long and found.r_hat > 1.1 else None
@@ -220,16 +222,6 @@ class RefinedPosterior(Posterior):
                 "another seed."
             )
         )
-
-    def _name(self, coordinate: int) -> str:
-        """The site that a coordinate of z belongs to, with its element."""
-        layout = Layout(self.density.sites)
-        for name, part in layout.slices.items():
-            if part.start <= coordinate < part.stop:
-                shape = tuple(layout.shapes[name])
-                index = np.unravel_index(coordinate - part.start, shape) if shape else ()
-                return f"{name}[{','.join(str(int(k)) for k in index)}]" if shape else name
-        return f"z[{coordinate}]"
 
     # the draws
 

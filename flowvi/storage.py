@@ -7,6 +7,7 @@ doesn't notice damaged numbers.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -247,21 +248,32 @@ _POSTERIOR = _Kind(
     "flowvi.load",
 )
 _DENSITY = _Kind("density", 1, frozenset((*_COMMON, "context_dim", "held_out")), "flowvi.load_density")
+CHECKPOINT = _Kind(
+    "checkpoint", 1, frozenset(("flowvi", "call", "parts", "generators")), "flowvi.fit(..., checkpoint=folder)"
+)
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
 
 def _write(path: Path, content: dict[str, Any], kind: _Kind = _POSTERIOR) -> None:
     """Writes beside the file and then replaces it, so that a crash leaves the old file whole."""
     header = {"format": kind.format, "version": kind.version, "digest": _digest(content)}
+    memory = io.BytesIO()  # straight to a full disk, torch.save has another error than OSError
+    torch.save(header | content, memory)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with beside.open("wb") as file:
-            torch.save(header | content, file)
+            file.write(memory.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _read(path: Path, kind: _Kind = _POSTERIOR) -> dict[str, Any]:
@@ -280,7 +292,7 @@ def _read(path: Path, kind: _Kind = _POSTERIOR) -> dict[str, Any]:
         except Exception as error:
             raise FileFormatError(unreadable) from error
     found = content.pop("format", None) if isinstance(content, dict) else None
-    for other in (_POSTERIOR, _DENSITY):
+    for other in (_POSTERIOR, _DENSITY, CHECKPOINT):
         if found == other.format != kind.format:
             raise FileFormatError(f"{path} holds a flowvi {other.noun}, not a {kind.noun}: use {other.reader}.")
     if found != kind.format:

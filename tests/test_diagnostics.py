@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from flowvi.diagnostics import Diagnostics, gap_limit, judge, khat_limit, psis
+from flowvi.diagnostics import Diagnostics, _verdict, gap_limit, judge, khat_limit, psis
 from flowvi.errors import DimensionError, OptionError
+from flowvi.short_run import ShortRun
 
 BACKENDS = ["arviz_stats", "arviz"]
 
@@ -203,7 +205,6 @@ def test_too_few_draws_for_a_borderline_gap_ask_for_more():
 
 @pytest.mark.parametrize("field", ["khat", "gap", "gap_se", "ess_fraction", "nonfinite_fraction"])
 def test_nan_is_never_trusted(field):
-    from flowvi.diagnostics import _verdict
 
     good = {
         "elbo": 0.0,
@@ -214,8 +215,8 @@ def test_nan_is_never_trusted(field):
         "gap_se": 0.0,
     }
     good |= {"khat": 0.1, "ess": 900.0, "ess_fraction": 0.9, "nonfinite_fraction": 0.0, "num_samples": 1000}
-    assert _verdict(Diagnostics(**good, trusted=False, verdict=""), 0.1)[0]
-    assert not _verdict(Diagnostics(**(good | {field: math.nan}), trusted=False, verdict=""), 0.1)[0]
+    assert _verdict(Diagnostics(**good, trusted=False, verdict=""), 5, flat=False, settled=False)[0]
+    assert not _verdict(Diagnostics(**(good | {field: math.nan}), trusted=False, verdict=""), 5, flat=False, settled=False)[0]
 
 
 def test_limits():
@@ -231,3 +232,65 @@ def test_numbers_are_printed_to_their_precision():
     assert "KL 0.00955" in text
     assert "k-hat" in text
     assert "of 20000" in text
+
+
+def moves(**changes):
+    still = {
+        "j": 0.02,
+        "j_se": 0.01,
+        "mean_shift": torch.zeros(3),
+        "mean_shift_se": torch.full((3,), 0.02),
+        "sd_ratio": torch.ones(3),
+        "sd_ratio_se": torch.full((3,), 0.02),
+        "acceptance": 0.8,
+        "r_hat": torch.full((3,), 1.01),
+        "divergences": 0.0,
+    }
+    return ShortRun(**(still | changes))
+
+
+def test_what_a_short_hmc_moves_is_not_trusted():
+    generator = np.random.default_rng(0)
+    log_q = generator.normal(size=5000)
+    log_p = log_q + 0.01 * generator.normal(size=5000)
+    good = judge(log_p, log_q, dim=3, moved=moves())
+    assert good.trusted
+    assert (good.j, good.shift, good.stretch) == (0.02, 0.0, 0.0)
+    assert "J 0.020 ± 0.010" in good.numbers()
+    shifted = judge(log_p, log_q, dim=3, moved=moves(mean_shift=torch.tensor([0.0, -0.3, 0.0])), name="site {}".format)
+    assert not shifted.trusted
+    assert shifted.shift == pytest.approx(0.24)
+    assert "moves the mean of site 1 by more than 0.24 sd" in shifted.verdict
+    stretched = judge(log_p, log_q, dim=3, moved=moves(sd_ratio=torch.tensor([1.0, 1.0, 1.5])))
+    assert not stretched.trusted
+    assert "changes the sd of z[2] by more than 44%" in stretched.verdict
+    assert not judge(log_p, log_q, dim=3, moved=moves(j=2.0)).trusted
+    assert not judge(log_p, log_q, dim=3, moved=moves(mean_shift=torch.full((3,), math.nan))).trusted
+
+
+def test_khat_alone_is_overruled_by_a_settled_hmc_that_moves_nothing():
+    generator = np.random.default_rng(0)
+    log_q = generator.normal(size=5000)
+    log_p = log_q + 0.01 * generator.normal(size=5000)
+    log_p[:5] += [1.0, 1.5, 2.0, 2.8, 4.0]  # a few heavy weights: k-hat is large, the bulk is right
+    alone = judge(log_p, log_q, dim=3)
+    assert alone.khat > 0.7
+    assert not alone.trusted
+    still = judge(log_p, log_q, dim=3, moved=moves())
+    assert still.trusted
+    assert "the tails are in doubt" in still.verdict
+    assert not judge(log_p, log_q, dim=3, moved=moves(r_hat=torch.full((3,), 1.5))).trusted
+
+
+def test_evidence_that_only_the_starts_saw_is_not_trusted():
+    generator = np.random.default_rng(0)
+    log_q = generator.normal(size=5000)
+    log_p = log_q + 0.01 * generator.normal(size=5000)
+    good = judge(log_p, log_q, dim=3, starts_evidence=(0.01, 0.02))
+    assert good.trusted
+    assert good.missed == pytest.approx(0.01, abs=1e-3)
+    missed = judge(log_p, log_q, dim=3, starts_evidence=(math.log(2), 0.02))
+    assert not missed.trusted
+    assert "a mode, or a part of one, is missing" in missed.verdict
+    assert judge(log_p, log_q, dim=3, starts_evidence=(0.2, 0.1)).trusted  # noise
+    assert not judge(log_p, log_q, dim=3, starts_evidence=(math.nan, 0.1)).trusted

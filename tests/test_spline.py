@@ -18,6 +18,7 @@ from flowvi.transforms import (
     conditional_neural_spline,
     neural_spline,
 )
+from flowvi.transforms import spline as module
 from flowvi.transforms.elementwise import Elementwise
 from flowvi.transforms.registry import build
 from flowvi.transforms.spline import _solve
@@ -58,12 +59,10 @@ def test_zero_parameters_are_the_identity(num_bins):
     assert torch.allclose(spline.inverse(x, torch.zeros_like(params))[0], x, atol=1e-14)
 
 
-def test_one_bin_against_the_paper_by_hand():
-    """Equations 4 and 5 with two equal bins in x, at a point whose value is easy to write down."""
+def test_two_bins_against_the_paper_by_hand():
+    """Two equal bins in x, at a point whose value and slope by the paper's formulas are easy to write down."""
     spline = RationalQuadratic(num_bins=2, bound=1.0)
     # Shares 1/2, 1/2 in x; nearly 3/4, 1/4 in y; slope 1 at all three knots.
-    from flowvi.transforms import spline as module
-
     raw = torch.log(torch.tensor(3.0, dtype=torch.float64)) / module.DAMPING
     params = torch.tensor([0, 0, raw, 0, 0], dtype=torch.float64)
     least = module.MIN_SHARE
@@ -95,8 +94,6 @@ def test_monotone_and_smooth_over_the_bound(scale):
 def test_knots_are_where_the_parameters_say_from_both_sides():
     spline, _, params = make(size=30)
     params = params[:, :1]
-    from flowvi.transforms import spline as module
-
     raw = params * module.DAMPING
     shares = torch.softmax(raw[..., :16].unflatten(-1, (2, 8)), -1)
     size = 10 * (module.MIN_SHARE + (1 - 8 * module.MIN_SHARE) * shares)

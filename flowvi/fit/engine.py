@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowvi.fit.adam import FlatAdam, FlatParameters
+from flowvi.fit.checkpoint import Checkpoint, whole_steps
 from flowvi.fit.steps import make_step
 from flowvi.flow import Flow
 from flowvi.objectives import ELBO, Target
@@ -22,6 +24,10 @@ WARM_UP = 50
 
 SMALL = 1_000_000
 """Work per step, S D K, below which a second thread costs more than it brings (measured on two cores)."""
+
+
+LOOP = "loop"
+"""The part of a checkpoint that is the loop's."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,15 @@ class Record:
         self.seconds += later.seconds
         self.fused = later.fused
 
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data."""
+        return vars(self) | {"beta": torch.tensor(self.beta, dtype=torch.float64)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Record:
+        """The record that `to_dict` gave."""
+        return cls(**data | {"beta": data["beta"].tolist()})
+
 
 def optimize(
     flow: Flow,
@@ -83,20 +98,27 @@ def optimize(
     generator: torch.Generator,
     progress: bool | None = None,
     description: str = "fit",
+    checkpoint: Checkpoint | None = None,
 ) -> Record:
     """Maximize the objective over the flow's parameters, in place.
 
-    A step whose gradient is not finite is not taken, and counted. Ctrl-C ends the loop and keeps what it has.
+    A step whose gradient is not finite is not taken, and counted. Ctrl-C ends the loop and keeps what it has; with
+    a checkpoint, after the present step.
 
     Args:
         flow: q; its parameters are changed.
         target: log p and its gradient.
         objective: the estimator.
-        schedule: number and size of steps.
+        schedule: number and size of steps; that of the checkpoint, `saved_schedule`, where it is in this loop.
         generator: where the randomness comes from.
         progress: whether a bar is shown; None shows it in a terminal or notebook.
         description: the bar's label.
+        checkpoint: takes the loop's state from time to time; the loop goes on where it was.
     """
+    saved = None if checkpoint is None else checkpoint.take(LOOP)
+    if checkpoint is not None and saved is not None:
+        with checkpoint.reading():
+            flow.load_state_dict(saved["flow"])
     flat = FlatParameters(flow.module)
     adam = FlatAdam(flat.vector, flat.grad)
     one_step = make_step(flow, target, objective, flat)
@@ -104,20 +126,56 @@ def optimize(
     num_valid = torch.full_like(elbo, objective.num_particles)
     record = Record(elbo=elbo, fused=one_step.fused)
     start = time.perf_counter()
-    bar = tqdm(total=schedule.num_steps, desc=description, disable=None if progress is None else not progress)
+    first = 0
+
+    def state() -> dict[str, Any]:
+        taken = len(record.beta)
+        return {
+            "flow": flow.state_dict(),
+            "adam": [adam.mean, adam.square, adam.state],
+            "elbo": elbo[:taken],
+            "num_valid": num_valid[:taken],
+            "beta": torch.tensor(record.beta, dtype=torch.float64),
+            "num_steps": schedule.num_steps,
+            "lr": schedule.lr,
+            "seconds": time.perf_counter() - start,
+        }
+
+    if checkpoint is not None:
+        if saved is not None:
+            with checkpoint.reading():
+                for tensor, value in zip((adam.mean, adam.square, adam.state), saved["adam"], strict=True):
+                    tensor.copy_(value)
+                record.beta = saved["beta"].tolist()
+                first = len(record.beta)
+                elbo[:first], num_valid[:first] = saved["elbo"], saved["num_valid"]
+                start -= saved["seconds"]
+        checkpoint.keep(LOOP, state)
+    show = None if progress is None else not progress
+    bar = tqdm(total=schedule.num_steps, initial=first, desc=description, disable=show)
     try:
-        for step in range(schedule.num_steps):
-            beta = objective.beta(step)
-            num, value = one_step(beta, generator)
-            num_valid[step], elbo[step] = num, value
-            record.beta.append(beta)
-            adam.step(schedule.lr_at(step), num > 0)
-            if step % 20 == 19 and not bar.disable:
-                bar.update(20)
-                bar.set_postfix_str(f"ELBO {float(elbo[max(0, step - 99) : step + 1].nanmean()):.2f}", refresh=False)
+        if checkpoint is not None and saved is None:
+            checkpoint.save()
+        with whole_steps(checkpoint is not None) as ctrl_c:
+            for step in range(first, schedule.num_steps):
+                beta = objective.beta(step)
+                num, value = one_step(beta, generator)
+                num_valid[step], elbo[step] = num, value
+                record.beta.append(beta)
+                adam.step(schedule.lr_at(step), num > 0)
+                if step % 20 == 19 and not bar.disable:
+                    bar.update(20)
+                    mean = float(elbo[max(0, step - 99) : step + 1].nanmean())
+                    bar.set_postfix_str(f"ELBO {mean:.2f}", refresh=False)
+                if checkpoint is not None and (ctrl_c or checkpoint.due()):
+                    checkpoint.save()
+                    if ctrl_c:
+                        raise KeyboardInterrupt
     except KeyboardInterrupt:
         record.stopped = "interrupted"
     finally:
+        if checkpoint is not None:
+            checkpoint.keep(LOOP, None)
         bar.close()
         flat.release()
     taken = len(record.beta)
@@ -126,6 +184,15 @@ def optimize(
     record.skipped_steps = adam.skipped
     record.seconds = time.perf_counter() - start
     return record
+
+
+def saved_schedule(checkpoint: Checkpoint | None) -> Schedule | None:
+    """The schedule of the loop that a checkpoint goes on with, where it is in one."""
+    if checkpoint is None:
+        return None
+    with checkpoint.reading():
+        saved = checkpoint.look(LOOP)
+        return None if saved is None else Schedule(int(saved["num_steps"]), float(saved["lr"]))
 
 
 @contextmanager

@@ -7,13 +7,15 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError, UntrustedWarning
-from flowvi.fit.engine import Record, Schedule, one_thread_if_small, optimize, seconds_per_step
+from flowvi.fit.checkpoint import Checkpoint, describe
+from flowvi.fit.engine import Record, Schedule, one_thread_if_small, optimize, saved_schedule, seconds_per_step
 from flowvi.fit.rounds import ROUND_STEPS, SECONDS, Check, as_plain, run_rounds
 from flowvi.fit.whiten import Gaussian
 from flowvi.fit.whiten import whiten as whiten_
@@ -57,6 +59,8 @@ def fit(
     compile: bool | str | None = "auto",
     progress: bool | None = None,
     verify: bool | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: float = 30.0,
     **options: Any,
 ) -> Posterior:
     r"""Fit q(z) = loc + A f_K(...f_1(eps)) to a posterior by maximizing the ELBO; None lets the engine decide.
@@ -97,13 +101,21 @@ def fit(
             without a C++ compiler nothing changes. ``posterior.config["compile"]`` says what was used, and why.
         progress: whether bars are shown; None shows them in a terminal or notebook.
         verify: whether the result is diagnosed and a plain warning given if it can't be trusted; True.
+        checkpoint: a folder of this fit's own, where its whole state is kept in a file. The same call again goes on
+            where a crash or Ctrl-C ended the last one, and returns the posterior at once where that was finished;
+            another call is refused. With `num_steps` the result is that of a run without a break, to the bit, on
+            the same machine with as many threads. With "auto", `time_limit` or `compile` measured times decide: the
+            round begun is as long as it was to be, and later ones are measured anew. A folder that can't be
+            written gives a `CheckpointWarning`, and the fit goes on.
+        checkpoint_every: seconds between two files, and so what a crash can lose at most; 30.
         **options: what the flow's factory takes.
 
     Returns:
         The posterior.
 
     Raises:
-        OptionError, UnknownFlowError: an argument can't be used.
+        OptionError, UnknownFlowError: an argument can't be used, or `checkpoint` belongs to another call.
+        FileFormatError: the file in `checkpoint` is damaged, of a newer version or of something else.
         DimensionError, TargetError and its children: the target can't be used; the message says why.
 
     Example:
@@ -113,7 +125,7 @@ def fit(
         torch.Size([10, 2])
     """
     _check_counts(num_steps=num_steps, num_particles=num_particles, restarts=restarts)
-    _check_positive(lr=lr, time_limit=time_limit)
+    _check_positive(lr=lr, time_limit=time_limit, checkpoint_every=checkpoint_every)
     if compile not in (None, True, False, "auto"):
         raise OptionError(f"compile must be 'auto', True, False or None, not {compile!r}.")
     if objective is not None and (num_particles is not None or anneal is not None):
@@ -123,7 +135,7 @@ def fit(
     entry = lookup(name) if isinstance(name, str) else FlowEntry(name)
     if num_flows is None:
         num_flows = entry.num_flows
-    seed = secrets.randbits(31) if seed is None else seed
+    seed_asked, seed = seed, secrets.randbits(31) if seed is None else seed
 
     timing: dict[str, float] = {}
     start = time.perf_counter()
@@ -147,13 +159,38 @@ def fit(
         progress=progress,
         rounds=flow == "auto" and num_flows_asked is None and num_steps is None and not options,
     )
-    tries = []
+    saver = None
+    tries: list[Attempt] = []
+    if checkpoint is not None:
+        settings = replace(plan, compile=None, progress=None)
+        call = describe(density, seed_asked, spec, settings, factory=factory, restarts=restarts or 1)
+        saver = Checkpoint(checkpoint, checkpoint_every, call, seed=seed)
+        seed = saver.seed
+        saved = saver.take("fit")
+        if saved is not None:
+            with saver.reading():
+                tries = [_unpack(t, density, spec, factory, seed + i) for i, t in enumerate(saved["tries"])]
+                timing |= saved["timing"]
+        saver.keep("fit", lambda: {"tries": [_pack(t) for t in tries], "timing": timing})
+    interrupted = False
     with one_thread_if_small(plan.num_particles * density.dim * max(1, num_flows)):
-        for attempt in range(restarts or 1):
-            tries.append(_attempt(density, spec, factory, plan, seed + attempt, timing))
-            if tries[-1].record.stopped == "interrupted":
+        for attempt in range(len(tries), restarts or 1):
+            try:
+                tries.append(_attempt(density, spec, factory, plan, seed + attempt, timing, saver))
+            except KeyboardInterrupt:  # before its first step
+                if not tries:
+                    raise
+                interrupted = True
+            if interrupted or tries[-1].record.stopped == "interrupted":
+                interrupted = True
                 break
+        else:
+            if saver is not None:
+                saver.keep("attempt", None)
+                saver.save()
     best = max(tries, key=lambda t: t.elbo)
+    if interrupted:
+        best.record.stopped = "interrupted"
     q, record, decided = best.flow, best.record, best.decided
     config = {
         "target": density.name,
@@ -174,7 +211,14 @@ def fit(
     _report_trouble(record, config["num_particles"])
     if verify is None or verify:
         start = time.perf_counter()
-        found = posterior.diagnose()
+        try:
+            found = posterior.diagnose()
+        except KeyboardInterrupt:  # what is fitted is not lost
+            warnings.warn(
+                InterruptedWarning("stopped by Ctrl-C before the fit was verified: see posterior.diagnose()."),
+                stacklevel=2,
+            )
+            return posterior
         timing["diagnose"] = time.perf_counter() - start
         posterior.timing["diagnose"] = timing["diagnose"]
         if not found.trusted:
@@ -214,11 +258,28 @@ def _attempt(
     plan: Plan,
     seed: int,
     timing: dict[str, float],
+    saver: Checkpoint | None,
 ) -> Attempt:
     generator = torch.Generator(density.device).manual_seed(seed)
     decided: dict[str, Any] = {"whiten": plan.whiten}
-    gaussian = None
-    if plan.whiten:
+    gaussian: Gaussian | None = None
+    compiled: CompileReport | None = None
+    saved = None
+    if saver is not None:
+        saved = saver.take("attempt")
+        saver.follow(fit=generator, density=density.generator)
+        saver.keep(
+            "attempt",
+            lambda: {"gaussian": gaussian and asdict(gaussian), "compile": compiled and vars(compiled)},
+        )
+        if saved is None:
+            saver.save()
+        else:
+            saver.restore_generators()
+            with saver.reading():
+                gaussian = saved["gaussian"] and Gaussian.from_dict(saved["gaussian"])
+                compiled = saved["compile"] and CompileReport(**saved["compile"])
+    if plan.whiten and gaussian is None:
         start = time.perf_counter()
         gaussian = whiten_(
             density,
@@ -229,6 +290,9 @@ def _attempt(
             progress=plan.progress,
         )
         _add(timing, "whiten", start)
+        if saver is not None:
+            saver.save()
+    if gaussian is not None:
         decided["starts_agree"] = gaussian.agree
     flow = _start(replace(spec, num_flows=0) if plan.rounds else spec, factory, density, gaussian, seed)
     anneal = plan.anneal
@@ -245,8 +309,11 @@ def _attempt(
         kind = BalancedELBO if flow.has_path_score else ELBO
         return kind(plan.num_particles, anneal=schedule)
 
-    compiled = None
-    if plan.compile is not False:
+    if compiled is not None and saver is not None:  # what was decided before stays, else bits would change
+        if compiled.used:
+            density.compile(make_objective(1).num_particles)
+        saver.restore_generators()
+    elif plan.compile is not False:
         start = time.perf_counter()
         num_calls = None if plan.compile is True else num_steps
         compiled = density.compile(make_objective(1).num_particles, num_calls=num_calls)
@@ -268,10 +335,11 @@ def _attempt(
             seed=seed,
             generator=generator,
             progress=plan.progress,
+            checkpoint=saver,
         )
         num_steps = len(record.beta)
     else:
-        num_steps, objective, record = _steps(flow, density, make_objective, plan, spec, generator)
+        num_steps, objective, record = _steps(flow, density, make_objective, plan, spec, generator, saver)
     _add(timing, "steps", start)
     decided |= {
         "num_flows": flow.spec.num_flows if flow.spec is not None else spec.num_flows,
@@ -294,23 +362,42 @@ def _steps(
     plan: Plan,
     spec: FlowSpec,
     generator: torch.Generator,
+    saver: Checkpoint | None,
 ) -> tuple[int, ELBO, Record]:
     """One run of the asked number of steps, or of what fits in the time limit."""
-    num_steps = plan.num_steps
-    if plan.time_limit is not None:
-        cost = seconds_per_step(flow, density, make_objective(1), generator=generator)
-        num_steps = min(num_steps, max(MIN_STEPS, int(plan.time_limit / cost)))
-    objective = make_objective(num_steps)
+    schedule = saved_schedule(saver)
+    if schedule is None:
+        num_steps = plan.num_steps
+        if plan.time_limit is not None:
+            cost = seconds_per_step(flow, density, make_objective(1), generator=generator)
+            num_steps = min(num_steps, max(MIN_STEPS, int(plan.time_limit / cost)))
+        schedule = Schedule(num_steps, plan.lr)
+    objective = make_objective(schedule.num_steps)
     record = optimize(
         flow,
         density,
         objective,
-        Schedule(num_steps, plan.lr),
+        schedule,
         generator=generator,
         progress=plan.progress,
         description=f"{spec.name} K={spec.num_flows}",
+        checkpoint=saver,
     )
-    return num_steps, objective, record
+    return schedule.num_steps, objective, record
+
+
+def _pack(attempt: Attempt) -> dict[str, Any]:
+    """A finished attempt as plain data, for a checkpoint."""
+    return attempt._asdict() | {"flow": attempt.flow.state_dict(), "record": attempt.record.to_dict()}
+
+
+def _unpack(
+    saved: Mapping[str, Any], density: LogDensity, spec: FlowSpec, factory: Callable[..., Any] | None, seed: int
+) -> Attempt:
+    """The attempt that `_pack` gave."""
+    flow = _start(replace(spec, num_flows=saved["decided"]["num_flows"]), factory, density, None, seed)
+    flow.load_state_dict(saved["flow"])
+    return Attempt(saved["elbo"], flow, Record.from_dict(saved["record"]), saved["decided"])
 
 
 def _start(

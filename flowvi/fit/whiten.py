@@ -13,7 +13,9 @@ Lin, Khan & Schmidt 2019, arXiv:1906.02914; Stein's lemma gives the curvature fr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,25 +25,46 @@ from flowvi.errors import NonFiniteError
 from flowvi.objectives import Target
 
 CANDIDATES = 64
+CLASSIC = 0.375
+"""The share of the starts that set out from the best of 64 draws; the others are scouted."""
+
+NUM_SCOUTS, SCOUT_SDS, SCOUT_CANDIDATES = 64, (1.0, 3.0, 5.0, 8.0), 4
+SCOUT_STEPS, SCOUT_PARTICLES, SCOUT_LAG = 60, 4, 10.0
 RHO, RHO_END = 0.3, 0.03
 CLIP_LOC, CLIP_SCALE = 0.5, 0.3
 
 
 @dataclass(frozen=True)
-class Gaussian:
-    """The outcome of `whiten`.
+class Start:
+    """Where one start ended.
 
     Attributes:
         loc: mu, (D,).
         scale_tril: L, (D, D) lower triangular, or (D,) where it is diagonal.
-        elbo: its ELBO, over the last iterations.
-        agree: whether the starts within 3 nats of the best ended in one place.
+        elbo: its ELBO, over the last iterations; NaN where it was never finite.
     """
 
     loc: Tensor
     scale_tril: Tensor
     elbo: float
+
+
+@dataclass(frozen=True)
+class Gaussian(Start):
+    """The outcome of `whiten`: the best start, polished.
+
+    Attributes:
+        agree: whether the starts within 3 nats of the best ended in one place.
+        starts: all of them as they were before the polish of the best; `flowvi.fit.modes` tells what they found.
+    """
+
     agree: bool
+    starts: tuple[Start, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Gaussian:
+        """The outcome that `dataclasses.asdict` gave."""
+        return cls(**{**data, "starts": tuple(Start(**start) for start in data["starts"])})
 
 
 @torch.no_grad()
@@ -73,31 +96,68 @@ def whiten(
     Raises:
         NonFiniteError: log p is not finite anywhere near the origin.
     """
-    loc = _starts(target, dim, num_starts, generator, dtype)
-    eye = torch.ones(dim) if not full else torch.eye(dim)
-    tril = 0.1 * eye.to(loc).expand(num_starts, *eye.shape).clone()
-    bar = tqdm(total=2 * num_steps, desc="whiten", disable=None if progress is None else not progress)
+    bar = tqdm(total=SCOUT_STEPS + 2 * num_steps, desc="whiten", disable=None if progress is None else not progress)
     with bar:
+        loc = _starts(target, dim, num_starts, generator, dtype, bar)
+        eye = torch.ones(dim) if not full else torch.eye(dim)
+        tril = 0.1 * eye.to(loc).expand(num_starts, *eye.shape).clone()
         loc, tril, elbos = _ascend(target, loc, tril, num_steps, num_particles, generator, bar)
+        starts = tuple(Start(*parts, elbo) for *parts, elbo in zip(loc, tril, elbos.tolist(), strict=True))
         best = int(torch.nan_to_num(elbos, nan=-torch.inf).argmax())
         agree = _agree(loc, tril, elbos, best)
         loc, tril, elbos = _ascend(
             target, loc[best : best + 1], tril[best : best + 1], num_steps, 2 * num_particles, generator, bar
         )
-    return Gaussian(loc[0], tril[0], float(elbos[0]), agree)
+    return Gaussian(loc[0], tril[0], float(elbos[0]), agree, starts)
 
 
-def _starts(target: Target, dim: int, num: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    z = 4 * torch.rand(num * CANDIDATES, dim, generator=generator, dtype=dtype, device=generator.device) - 2
-    log_p, grad = target.value_and_grad(z)
-    fine = torch.isfinite(log_p) & torch.isfinite(grad).all(-1)
-    if not bool(fine.any()):
+def _starts(
+    target: Target, dim: int, num: int, generator: torch.Generator, dtype: torch.dtype, bar: tqdm
+) -> Tensor:
+    """Where the race begins (R, D): some at good draws from U(-2, 2), the others where scouts found something else."""
+    where = {"generator": generator, "dtype": dtype, "device": generator.device}
+    near = 4 * torch.rand(num * CANDIDATES, dim, **where) - 2
+    log_p = _finite_log_p(target, near)
+    if not bool(log_p.isfinite().any()):
         raise NonFiniteError(
-            f"log p or its gradient is not finite at any of {len(z)} points drawn from U(-2, 2)^{dim} in "
+            f"log p or its gradient is not finite at any of {len(near)} points drawn from U(-2, 2)^{dim} in "
             f"unconstrained space: check the data and the model's scales."
         )
-    log_p = torch.where(fine, log_p, -torch.inf).view(num, CANDIDATES)
-    return z.view(num, CANDIDATES, dim)[torch.arange(num), log_p.argmax(-1)]
+    log_p = log_p.view(num, CANDIDATES)
+    near = near.view(num, CANDIDATES, dim)[torch.arange(num), log_p.argmax(-1)]
+    num_scouted = num - max(1, round(CLASSIC * num))
+    if num_scouted == 0:
+        return near
+    # Scouts are many, cheap, and set out from far apart; the best of a few draws each, so that few are wasted.
+    sds = torch.tensor(SCOUT_SDS, dtype=dtype, device=generator.device).repeat_interleave(NUM_SCOUTS // len(SCOUT_SDS))
+    wide = sds.view(-1, 1, 1) * torch.randn(len(sds), SCOUT_CANDIDATES, dim, **where)
+    log_p = _finite_log_p(target, wide.view(-1, dim)).view(wide.shape[:2])
+    scouts = wide[torch.arange(len(sds)), log_p.argmax(-1)][log_p.isfinite().any(-1)]
+    if len(scouts) == 0:
+        return near
+    scale = torch.full_like(scouts, 0.1)
+    loc, scale, elbo = _ascend(target, scouts, scale, SCOUT_STEPS, SCOUT_PARTICLES, generator, bar)
+    chosen = _spread(loc, scale, elbo, num_scouted)
+    return torch.cat([loc[chosen], near])[:num]
+
+
+def _finite_log_p(target: Target, z: Tensor) -> Tensor:
+    """Log p, and -inf where it or its gradient is not finite."""
+    log_p, grad = target.value_and_grad(z)
+    return torch.where(torch.isfinite(log_p) & torch.isfinite(grad).all(-1), log_p, -torch.inf)
+
+
+def _spread(loc: Tensor, scale: Tensor, elbo: Tensor, num: int) -> list[int]:
+    """`num` scouts far from each other: the best one, then always the one that is farthest from those taken."""
+    elbo = torch.nan_to_num(elbo, nan=-torch.inf)
+    fine = elbo > elbo.max() - SCOUT_LAG * (1 + loc.shape[1] ** 0.5)
+    at = loc / scale[fine].median(0).values
+    chosen = [int(elbo.argmax())]
+    away = torch.where(fine, torch.linalg.vector_norm(at - at[chosen[0]], dim=-1), -1.0)
+    while len(chosen) < min(num, int(fine.sum())):
+        chosen.append(int(away.argmax()))
+        away = torch.minimum(away, torch.linalg.vector_norm(at - at[chosen[-1]], dim=-1))
+    return chosen
 
 
 def _ascend(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -160,6 +162,17 @@ class LogDensity(ABC):
         """
         with torch.no_grad():
             return self._log_likelihood(self._checked(z).detach())
+
+    def coordinate_name(self, index: int) -> str:
+        """The site, with its element, that a coordinate of z belongs to; of unconstrained values."""
+        start = 0
+        for site in self.sites:
+            shape = tuple(site.unconstrained_shape)
+            if index < start + math.prod(shape):
+                place = np.unravel_index(index - start, shape) if shape else ()
+                return f"{site.name}[{','.join(str(int(k)) for k in place)}]" if shape else site.name
+            start += math.prod(shape)
+        raise OptionError(f"there is no coordinate {index} of z in D = {self.dim} of them.")
 
     @property
     def observed(self) -> dict[str, Tensor]:

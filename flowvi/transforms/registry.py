@@ -233,7 +233,7 @@ register(
     num_flows=4,
     description=(
         "rational-quadratic splines (kind='coupling' | 'autoregressive'); fast both ways (coupling); "
-        "K (H (H + D/2 + 2) + (H + 1) (3 B - 1) D/2) parameters at two hidden layers of H (32) and B bins (8); "
+        "K (H (H + D/2 + 2) + (H + 1) (3 B - 1) D/2) parameters at two hidden layers of H (32) and B bins (16); "
         "path score"
     ),
 )

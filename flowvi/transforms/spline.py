@@ -2,13 +2,13 @@ r"""Neural splines: monotone rational-quadratic functions of each coordinate, wi
 
 On [-B, B] the function y = tau(x) passes through K + 1 knots (x_k, y_k) with slopes d_k > 0; outside it is y = x.
 Within bin k, with w = x_{k+1} - x_k, h = y_{k+1} - y_k, s = h / w, xi = (x - x_k) / w, t = xi (1 - xi), it is
-(Durkan et al. 2019, arXiv:1906.04032, eq. 4 and 5; Gregory & Delbourgo 1982)
+(Durkan et al. 2019, arXiv:1906.04032, section 3.1; Gregory & Delbourgo 1982)
 
     y = y_k + h r,   r = xi (s xi + d_k (1 - xi)) / E,     E = s (1 - 2 t) + (d_k + d_{k+1}) t,
     dy/dx = s^2 (d_{k+1} xi^2 + 2 s t + d_k (1 - xi)^2) / E^2.
 
-Every sum here is one of positive terms, so nothing cancels. Nearly the same holds for the inverse in this form (ours:
-the paper's eq. 6 to 8 solve the same quadratic equation by differences): with r = (y - y_k) / h,
+Every sum here is one of positive terms, so nothing cancels. Nearly the same holds for the inverse in this form (ours;
+the paper solves the same quadratic equation with a discriminant b^2 - 4 a c): with r = (y - y_k) / h,
 e = d_k (1 - r) - d_{k+1} r and R = sqrt(e^2 + 4 s^2 r (1 - r)) + |e|,
 
     xi = 2 s r / (2 s r + R) where e >= 0,     1 - xi = 2 s (1 - r) / (2 s (1 - r) + R) elsewhere.
@@ -41,7 +41,7 @@ from flowvi.transforms.coupling import Coupling
 from flowvi.transforms.elementwise import Elementwise
 from flowvi.transforms.networked import ConditionalNetworkTransform
 
-NUM_BINS, BOUND = 8, 5.0
+NUM_BINS, BOUND = 16, 5.0
 
 MIN_SHARE = 1e-3
 """The least share of a bin in the box, in x and in y."""
