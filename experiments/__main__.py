@@ -75,8 +75,16 @@ def run_density(quick: Quick = False, seed: Seed = 0, out: Out = None) -> None: 
 
 
 @app.command("speed", help=speed.TITLE)
-def run_speed(quick: Quick = False, seed: Seed = 0, out: Out = None) -> None:  # noqa: D103 (its help is above)
-    config = speed.Config.quick(seed) if quick else speed.Config(seed=seed)
+def run_speed(  # noqa: D103 (its help is above)
+    quick: Quick = False,
+    seed: Seed = 0,
+    cpu_time: Annotated[bool, typer.Option("--cpu-time", help="By CPU time, on one core: for a busy machine.")] = False,
+    out: Out = None,
+) -> None:
+    if quick:
+        config = speed.Config.quick(seed, cpu_time)
+    else:
+        config = speed.Config(seed, threads=("one",), cpu_time=True) if cpu_time else speed.Config(seed)
     _finish(lambda: speed.run(config), out, quick)
 
 
@@ -125,7 +133,7 @@ def run_flow_length(  # noqa: D103 (its help is above)
     quick: Quick = False,
     seed: Seed = 0,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds, from --seed on [5; quick: 1].")] = None,
-    num_steps: Annotated[int | None, typer.Option(min=1, help="Steps of each fit [2000; quick: 100].")] = None,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Steps of each fit [1500; quick: 100].")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
     references: Annotated[
         Path | None,

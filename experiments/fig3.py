@@ -34,17 +34,20 @@ TITLE = "Figure 3: U1 to U4 fitted by planar, radial and NICE flows, K = 2, 8, 3
 
 FLOWS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "planar": ("planar", {}),
-    "radial": ("radial", {}),
     "NICE-perm": ("nice", {"mixing": "perm"}),
     "NICE-orth": ("nice", {"mixing": "orth"}),
+    "radial": ("radial", {}),
 }
-"""What the figure calls a flow -> its registered name and options."""
+"""What the figure calls a flow -> its registered name and options; the paper's first."""
+
+LETTERS = {"planar": "(b) ", "NICE-perm": "(c) ", "NICE-orth": "(c) "}
+"""The part of the paper's figure that shows a flow."""
 
 MARKS = {
     "planar": ("#0072B2", "o"),
-    "radial": ("#56B4E9", "s"),
     "NICE-perm": ("#E69F00", "^"),
     "NICE-orth": ("#D55E00", "v"),
+    "radial": ("#56B4E9", "s"),
 }
 """Colours that colour-blind readers can tell apart, and marks that need no colour."""
 
@@ -133,7 +136,7 @@ def fit_one(config: Config, name: str, flow: str, num_flows: int, seed: int) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumericalWarning)  # the mass has its own column
         kl, mass = energy.kl_divergence(q.log_prob, num=config.num, box=((-config.box, config.box),) * 2)
-    diagnostics = posterior.diagnose(config.num_draws)
+    diagnostics = posterior.diagnose(config.num_draws, hmc=False)  # numbers, not a verdict
     z = posterior.sample(config.num_draws, seed=seed)["z"]
     return {
         "energy": name,
@@ -204,7 +207,7 @@ def draw(config: Config, images: dict[tuple[str, str, int], Tensor], rows: Seque
 
     columns = [("true", 0)] + [(flow, k) for flow in config.flows for k in config.num_flows]
     kls = {(r["energy"], r["flow"], r["K"]): r["kl"] for r in rows if r["seed"] == config.seed}
-    figure = Figure(figsize=(1.35 * len(columns) + 3.2, 1.6 * len(config.energies) + 0.7), layout="constrained")
+    figure = Figure(figsize=(1.35 * len(columns) + 3.2, 1.5 * len(config.energies) + 0.6), layout="constrained")
     ratios = [1.0] * len(columns) + [1.7]
     grid = figure.subplots(len(config.energies), len(columns) + 1, squeeze=False, width_ratios=ratios)
     for i, name in enumerate(config.energies):
@@ -213,7 +216,7 @@ def draw(config: Config, images: dict[tuple[str, str, int], Tensor], rows: Seque
             axes = grid[i, j]
             image = show_density(axes, images[name, flow, k], config.shown, top)
             if i == 0:
-                axes.set_title("(a) true\ndensity" if flow == "true" else f"{flow}\nK = {k}", fontsize="medium")
+                axes.set_title(_title(flow, k), fontsize="medium")
             if flow != "true":
                 axes.set_xlabel(f"KL {kls[name, flow, k]:.3f}", labelpad=2, fontsize="small")
         grid[i, 0].set_ylabel(name)
@@ -232,7 +235,11 @@ def draw(config: Config, images: dict[tuple[str, str, int], Tensor], rows: Seque
         axes.tick_params(labelsize="x-small")
         axes.grid(alpha=0.25)
     grid[0, -1].set_title("(d) KL, nats,\nagainst K", fontsize="medium")
-    grid[0, -1].legend(fontsize="xx-small", frameon=False, labelspacing=0.2)
-    shown = f"z in [-{config.shown:g}, {config.shown:g}]$^2$ in every panel"
-    figure.supxlabel(f"{shown}; KL(q || p) in nats; (b) planar, (c) NICE, as the paper's", fontsize="small")
+    grid[0, -1].legend(fontsize="x-small", frameon=False, labelspacing=0.2)
+    caption = f"every panel: z in [-{config.shown:g}, {config.shown:g}]$^2$; KL(q || p) in nats; letters as the paper's"
+    figure.supxlabel(caption, fontsize="small")
     return figure
+
+
+def _title(flow: str, k: int) -> str:
+    return "(a) true\ndensity" if flow == "true" else f"{LETTERS.get(flow, '')}{flow}\nK = {k}"

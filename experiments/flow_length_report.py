@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NUM_BEST = 10
 """Fits whose importance-sampling estimates of log Z are averaged, where it is not known."""
 FLOOR = 1e-4
-"""Below this a KL from 50,000 draws is noise, and is drawn at it."""
+"""Below this a KL from 25,000 draws is noise, and is drawn at it."""
 MARKS = {
     "planar": ("#0072B2", "o"),
     "radial": ("#56B4E9", "s"),
@@ -89,24 +89,23 @@ def conclude(config: Config, cells: Mapping[tuple[str, str, int], Cell]) -> list
     def reached(flow: str, k: int) -> list[str]:
         return [target for target in config.targets if cells[target, flow, k].kl <= config.enough]
 
-    def seconds(flow: str, k: int) -> float:
-        return sum(cells[target, flow, k].seconds for target in config.targets)
+    def seconds(length: tuple[str, int]) -> float:
+        return sum(cells[target, *length].seconds for target in config.targets)
 
-    def cheapest(lengths: Sequence[tuple[str, int]]) -> tuple[str, int]:
-        return min(lengths, key=lambda length: (-len(reached(*length)), seconds(*length)))
-
-    one = cheapest(config.lengths)
-    failed = [target for target in config.targets if target not in reached(*one)]
-    each = []
+    best = []  # of each family, the shortest that reaches the most targets
     for flow in config.flows + config.deep_flows:
-        mine = cheapest([length for length in config.lengths if length[0] == flow])
-        num = len(reached(*mine))
-        each.append(f"{flow} {f'K = {mine[1]} ({num})' if num else 'none'}")
+        mine = [length for length in config.lengths if length[0] == flow]
+        best.append(min(mine, key=lambda length: (-len(reached(*length)), length[1])))
+    each = [f"{flow} {f'K = {k} ({num})' if (num := len(reached(flow, k))) else 'none'}" for flow, k in best]
+    one = min(best, key=lambda length: (-len(reached(*length)), seconds(length)))
+    failed = [target for target in config.targets if target not in reached(*one)]
     first = (
         f"How many layers: for a median KL of {config.enough:g} nats or less on as many of the {total} targets as it "
-        f"can, each family needs (number of targets reached): {', '.join(each)}. One choice for all: {one[0]} "
-        f"K = {one[1]}{f', which fails on {_words(failed)}' if failed else ''}."
+        f"can, each family needs (in brackets, how many targets it reaches): {', '.join(each)}."
     )
+    if len(failed) < total:
+        fails = f", which fails on {', '.join(failed)}" if failed else ""
+        first += f" One choice for all: {one[0]} K = {one[1]}{fails}."
     quickest, out_of_reach = [], []
     for target in config.targets:
         there = [length for length in config.lengths if cells[(target, *length)].kl <= config.enough]
@@ -142,8 +141,9 @@ def _last_doubling(config: Config, cells: Mapping[tuple[str, str, int], Cell]) -
     ]
 
 
-def _words(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def _seeds(config: Config) -> str:
+    last = config.seed + config.seeds - 1
+    return f"seed {config.seed}" if config.seeds == 1 else f"seeds {config.seed} to {last}"
 
 
 # For people -----------------------------------------------------------------------------------------------
@@ -172,21 +172,24 @@ def notes(config: Config, rows: Sequence[Row], log_z: Mapping[str, tuple[float, 
     estimated = [f"{name} {log_z[name][0]:.4f} ± {log_z[name][1]:.4f}" for name in config.targets if name not in known]
     failed = sum(not math.isfinite(row["kl"]) for row in rows)
     found = [
-        f"A cell: median KL(q ‖ p) in nats / its worst / median k-hat, over {config.seeds} seeds from {config.seed} "
-        f"on. KL = log Z - ELBO, from {config.num_draws:,} fresh draws; below about {FLOOR:g} it is noise.",
+        f"A cell: median KL(q ‖ p) in nats / its worst / median k-hat, over {_seeds(config)}. "
+        f"KL = log Z - ELBO, from {config.num_draws:,} fresh draws; below about {FLOOR:g} it is noise.",
         f"Every fit is flowvi.fit with its defaults (learning rate by family, S = 256, energies annealed, posteriors "
         f"whitened first) but for {config.num_steps} steps, and compile=False. nice and real_nvp mix by permutations.",
-        f"log Z is known for {_words(known) or 'none'}. U2, U3 and U4 are soft-walled: ((|z1| - 4)+ / 0.1)^2 / 2 added "
-        "to U.",
-        "Seconds are of the steps alone, on one thread; the whitening of a posterior, the same for every K, is not "
-        "in them. The sum at the end adds up all fits, over all workers.",
+        f"log Z is known for {', '.join(known) or 'none'}. U2, U3 and U4 are soft-walled: ((|z1| - 4)+ / 0.1)^2 / 2 is "
+        "added to U.",
+        "Seconds are of the steps alone, on one thread, energies in float32 and posteriors in float64; the whitening "
+        "of a posterior, the same for every K, is not in them. The sum at the end adds up all fits, over all workers.",
         "The paper (Rezende & Mohamed 2015, section 6.1) has K = 2, 8, 32, planar beside NICE.",
     ]
     if estimated:
         found.append(
             f"log Z is not known for the others: it is estimated by importance sampling, as the mean over the "
-            f"{NUM_BEST} fits with the largest ESS: {_words(estimated)}. A region that no fit visits is missing in it."
+            f"{NUM_BEST} fits with the largest ESS: {', '.join(estimated)}. A region that no fit visits is missing in "
+            "it."
         )
+    if config.num_steps < 1000:
+        found.insert(0, f"Short fits of {config.num_steps} steps: these are not the figures to quote.")
     for name in config.posteriors:
         mine = [row for row in rows if row["target"] == name and math.isfinite(row["kl"])]
         if mine:
@@ -241,6 +244,6 @@ def draw(config: Config, cells: Mapping[tuple[str, str, int], Cell]) -> Figure:
     last.set_visible(True)
     last.axis("off")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    title = f"median over {config.seeds} seeds,\nbars from least to largest;\ndotted: {config.enough:g} nats"
+    title = f"median over {_seeds(config)},\nbars from least to largest;\ndotted: {config.enough:g} nats"
     last.legend(handles, labels, loc="upper left", frameon=False, title=title, alignment="left")
     return figure

@@ -11,13 +11,14 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from flowvi.errors import OptionError
+from flowvi.errors import FlowVIError, OptionError
 
 Case = Mapping[str, Any]
 Row = dict[str, Any]
@@ -47,6 +48,7 @@ def run_cases(
 
     Raises:
         OptionError: workers is not positive.
+        FlowVIError: a worker process died.
     """
     if workers < 1:
         raise OptionError(f"workers must be 1 or more, not {workers}.")
@@ -56,7 +58,7 @@ def run_cases(
     _end_line(path)
     there = len(cases) - len(missing)
     bar = tqdm(total=len(cases), initial=there, desc=description, disable=not progress, unit="fit")
-    if there:
+    if there and progress:
         bar.write(f"{there} of {len(cases)} are in {path} already; delete it to start afresh.")
     with bar, path.open("a", encoding="utf-8") as file:
 
@@ -117,6 +119,11 @@ def _work_in_processes(
         futures = {pool.submit(work, case): case for case in cases}
         for future in as_completed(futures):
             save(futures[future], future.result())
+    except BrokenProcessPool as error:
+        raise FlowVIError(
+            "a worker process died, perhaps for want of memory: the rows so far are kept, and the same command "
+            "goes on from there; try fewer workers."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -16,8 +16,8 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
 from pyro.distributions import constraints
+from torch import Tensor
 
 from flowvi.errors import OptionError
 
@@ -160,14 +160,14 @@ def load_references(folder: Path) -> list[Known]:
 
 
 def normal_mean(d: Data) -> None:
-    """y ~ N(mu, 1), mu ~ N(0, 3)."""
+    """Y ~ N(mu, 1), mu ~ N(0, 3)."""
     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
     with pyro.plate("data", len(d["y"])):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=d["y"])
 
 
 def linear_regression(d: Data) -> None:
-    """y = x b + noise of sd .5, b ~ N(0, I): ten correlated coefficients."""
+    """Y = x b + noise of sd .5, b ~ N(0, I): ten correlated coefficients."""
     x = d["x"]
     b = pyro.sample("b", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
     with pyro.plate("data", len(x)):
@@ -259,4 +259,3 @@ def _gaussian_evidence(y: Tensor, covariance: Tensor) -> float:
 def posteriors(references: Path | None) -> list[Known]:
     """Those of a folder, or, without one, the four with exact answers."""
     return exact() if references is None else load_references(references)
-

@@ -130,6 +130,7 @@ def _notes(config: Config) -> list[str]:
         "rounds' own ratios. float32.",
         f"Made on {_machine()}. Threads: one is one core for the whole process, all is every core (flowvi's fit "
         "keeps to one thread where more don't repay).",
+        *(["The clock is the process's CPU time, not the wall's."] if config.cpu_time else []),
         f"Against {', '.join(speed_peers.version(peer) for peer in here) or 'nobody'}.",
         "stack: for flowvi with the path score, which the loop of Pyro's layers doesn't compute.",
         "whole step: draws, flow, energy, gradient, Adam. U2 in two dimensions, Neal's funnel above. flowvi's has "
@@ -137,15 +138,15 @@ def _notes(config: Config) -> list[str]:
         "others' have not. flowjax's is one jitted function whose result is waited for once a round. Pyro's is "
         "SVI.step with AutoNormalizingFlow and vectorized particles. zuko's couplings have flowvi's layers, widths "
         "and bins.",
-        "eight schools: flowvi's time is that of fit's own loop, on a flat graph of the model; Pyro's is that of "
-        "SVI.step on the same model, which broadcasts over particles.",
+        "eight schools: flowvi's is fit's step on the model's flat graph, not compiled; Pyro's is SVI.step on the same "
+        "model, which broadcasts over particles.",
         "slope: least squares through the larger half of a sweep's sizes, in logarithms.",
         "start: a new process for each number; the first step is a fit of one step, after the import, with compiled "
         "kernels in the disk cache.",
         "No amortized flow is among the cases: flowvi has no amortized guide yet.",
     ]
     if absent:
-        notes.insert(3, f"Not installed, so left out: {', '.join(absent)} (pip install 'flowvi[peers]').")
+        notes.insert(-1, f"Not installed, so left out: {', '.join(absent)} (pip install 'flowvi[peers]').")
     if config.rounds < 10:
         notes.insert(0, "Few rounds: these are not the figures to quote.")
     return notes

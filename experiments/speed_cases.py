@@ -26,10 +26,10 @@ from experiments.posteriors import eight_schools
 from experiments.speed_peers import Run, energy
 from flowvi import kernels
 from flowvi.fit.adam import FlatAdam, FlatParameters
-from flowvi.fit.engine import Schedule, one_thread_if_small, optimize
 from flowvi.fit.steps import make_step
 from flowvi.objectives import ELBO, BalancedELBO
 from flowvi.targets import LogDensity
+from flowvi.threads import one_thread_if_small
 
 SCHOOLS = {
     "y": (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0),
@@ -53,6 +53,8 @@ class Config:
     rounds: int = 25
     sweep_rounds: int = 9
     start_rounds: int = 5
+    cpu_time: bool = False
+    """The clock is the process's CPU time, which other processes disturb less; for "one" core only."""
     seconds: float = 0.02
     """A turn in a round lasts about so long, one call at least."""
     stacks: tuple[tuple[str, int, int, int, float], ...] = (
@@ -78,11 +80,12 @@ class Config:
     sweep_s: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
 
     @classmethod
-    def quick(cls, seed: int = 0) -> Config:
+    def quick(cls, seed: int = 0, cpu_time: bool = False) -> Config:
         """One thread, few rounds and short sweeps, to see that it works: its figures are not the ones to quote."""
         return cls(
             seed=seed,
             threads=("one",),
+            cpu_time=cpu_time,
             rounds=3,
             sweep_rounds=3,
             start_rounds=1,
@@ -120,10 +123,12 @@ def flowvi_stack(family: str, dim: int, num_particles: int, num_flows: int) -> R
     return speed_peers.repeat(one)
 
 
-def flowvi_step(spec: flowvi.FlowSpec, num_particles: int, seed: int) -> Run:
+def flowvi_step(spec: flowvi.FlowSpec, target: Any, num_particles: int, seed: int) -> Run:
     """One step of `flowvi.fit`, draws to Adam, with the gradient that `fit` chooses for this flow."""
-    flow, objective = _start(spec, num_particles, seed)
-    density = flowvi.as_density(energy(spec.dim))
+    torch.manual_seed(seed)
+    flow = flowvi.Flow.from_spec(spec)
+    objective = (BalancedELBO if flow.has_path_score else ELBO)(num_particles)
+    density = target if isinstance(target, LogDensity) else flowvi.as_density(target)
     flat = FlatParameters(flow.module)
     adam = FlatAdam(flat.vector, flat.grad)
     step = make_step(flow, density, objective, flat)
@@ -136,24 +141,6 @@ def flowvi_step(spec: flowvi.FlowSpec, num_particles: int, seed: int) -> Run:
                 adam.step(speed_peers.LR, num > 0)
 
     return run
-
-
-def flowvi_loop(spec: flowvi.FlowSpec, density: LogDensity, num_particles: int, seed: int) -> Run:
-    """`flowvi.fit`'s loop itself, its records included."""
-    flow, objective = _start(spec, num_particles, seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def run(n: int) -> None:
-        with one_thread_if_small(num_particles * spec.dim * spec.num_flows):
-            optimize(flow, density, objective, Schedule(n, speed_peers.LR), generator=generator, progress=False)
-
-    return run
-
-
-def _start(spec: flowvi.FlowSpec, num_particles: int, seed: int) -> tuple[flowvi.Flow, ELBO]:
-    torch.manual_seed(seed)
-    flow = flowvi.Flow.from_spec(spec)
-    return flow, (BalancedELBO if flow.has_path_score else ELBO)(num_particles)
 
 
 # The clock.
@@ -177,21 +164,28 @@ class Times:
         return {**what, **row, "slope": None, "aim": aim, "met": met}
 
 
-def alternate(runs: Mapping[str, Run], rounds: int, seconds: float) -> Times:
+def alternate(runs: Mapping[str, Run], config: Config, rounds: int) -> Times:
     """Let all of them take turns.
 
     Args:
         runs: who -> the work.
+        config: the clock, and how long a turn is.
         rounds: turns for each.
-        seconds: about how long a turn is; a turn has at least one call.
     """
+    clock = time.process_time if config.cpu_time else time.perf_counter
+
+    def clocked(run: Run, n: int) -> float:
+        start = clock()
+        run(n)
+        return clock() - start
+
     calls = {}
     for who, run in runs.items():
         run(2)  # compiles, allocates
-        n, spent = 1, _clocked(run, 1)
-        while spent < seconds:
-            n *= 2 if spent > 0.25 * seconds else 4
-            spent = _clocked(run, n)
+        n, spent = 1, clocked(run, 1)
+        while spent < config.seconds:
+            n *= 2 if spent > 0.25 * config.seconds else 4
+            spent = clocked(run, n)
         calls[who] = n
     took: dict[str, list[float]] = {who: [] for who in runs}
     gc.collect()
@@ -199,16 +193,10 @@ def alternate(runs: Mapping[str, Run], rounds: int, seconds: float) -> Times:
     try:
         for _ in range(rounds):
             for who, run in runs.items():
-                took[who].append(_clocked(run, calls[who]) / calls[who])
+                took[who].append(clocked(run, calls[who]) / calls[who])
     finally:
         gc.enable()
     return Times({who: np.array(t) for who, t in took.items()})
-
-
-def _clocked(run: Run, n: int) -> float:
-    start = time.perf_counter()
-    run(n)
-    return time.perf_counter() - start
 
 
 # The cases.
@@ -234,7 +222,7 @@ def measure(config: Config, threads: str, progress: bool = True) -> list[Row]:
     for what, rounds, aims, make in tqdm(cases, desc=f"speed, threads: {threads}", disable=not progress, unit="case"):
         with torch.random.fork_rng(devices=[]):
             runs = make()
-            times = alternate(runs, rounds, config.seconds)
+            times = alternate(runs, config, rounds)
         rows += [times.row(who, aims.get(who), threads=threads, **what) for who in runs]
     return rows
 
@@ -250,7 +238,7 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
     def planar(dim: int, size: int, k: int) -> Callable[[], dict[str, Run]]:
         spec = flowvi.FlowSpec("planar", dim, k, "full" if dim == 2 else "diag")
         return lambda: {
-            "flowvi": flowvi_step(spec, size, config.seed),
+            "flowvi": flowvi_step(spec, energy(dim), size, config.seed),
             **speed_peers.planar_steps(peers, dim, size, k, config.seed),
         }
 
@@ -260,7 +248,7 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
     def coupling(name: str, dim: int, size: int, k: int) -> Callable[[], dict[str, Run]]:
         spec = flowvi.FlowSpec(name, dim, k, "diag", {"hidden_dims": speed_peers.HIDDEN})
         return lambda: {
-            "flowvi": flowvi_step(spec, size, config.seed),
+            "flowvi": flowvi_step(spec, energy(dim), size, config.seed),
             "zuko": speed_peers.zuko_step(name, dim, size, k),
         }
 
@@ -290,7 +278,7 @@ def _schools(config: Config) -> dict[str, Run]:
     density = flowvi.as_density(eight_schools, args=(data,))
     spec = flowvi.FlowSpec("planar", density.dim, k, "full")
     return {
-        "flowvi": flowvi_loop(spec, density, size, config.seed),
+        "flowvi": flowvi_step(spec, density, size, config.seed),
         "pyro": speed_peers.pyro_svi(eight_schools, (data,), size, k, 1),
     }
 
@@ -321,7 +309,7 @@ def starts(config: Config, progress: bool = True) -> list[Row]:
             done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
             if turn:
                 took[who].append(float(done.stdout))
-    what = {"threads": "all", "group": "start", "D": None, "S": None, "K": None}
+    what: Row = {"threads": "all", "group": "start", "D": None, "S": None, "K": None}
     imports = Times({who: np.array(took[who]) for who in ("flowvi", "pyro")})
     rows = [imports.row("flowvi", case="import", **what), imports.row("pyro", 1 / 1.1, case="import", **what)]
     first = Times({"flowvi": np.array(took["first step"])}).row("flowvi", case="first step", **what)

@@ -20,7 +20,6 @@ import pyro.distributions.transforms as pyro_transforms
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
-from torch import Tensor
 
 from flowvi.energies import U2, Funnel
 from flowvi.energies.base import Energy
@@ -83,7 +82,7 @@ def pyro_stack(family: str, dim: int, num_particles: int, num_flows: int) -> Run
 
     def one() -> None:
         z = x.clone()  # Pyro keeps the result of the last x, with its graph
-        log_det: Tensor | float = 0.0
+        log_det = torch.zeros(())
         for layer in layers:
             y = layer(z)
             log_det = log_det + layer.log_abs_det_jacobian(z, y)
@@ -164,27 +163,17 @@ def flowjax_step(dim: int, num_particles: int, num_flows: int, seed: int) -> Run
     """flowjax: `planar_flow`, `ElboLoss` and optax's Adam in one jitted function, which nothing waits for."""
     import equinox as eqx
     import jax
-    import jax.numpy as jnp
     import optax
     import paramax
     from flowjax.distributions import StandardNormal
     from flowjax.flows import planar_flow
     from flowjax.train.losses import ElboLoss
 
-    def u2(z: Any) -> Any:
-        off = (z[1] - jnp.sin(jnp.pi * z[0] / 2)) / 0.4
-        wall = jnp.maximum(jnp.abs(z[0]) - 4, 0) / 0.1
-        return -0.5 * (off**2 + wall**2)
-
-    def funnel(z: Any) -> Any:
-        scaled = z[1:] * jnp.exp(-0.5 * jnp.maximum(z[0], -80))
-        return -0.5 * ((z[0] / 3) ** 2 + (dim - 1) * z[0] + (scaled**2).sum())
-
     key = jax.random.key(seed)
     flow = planar_flow(key, base_dist=StandardNormal((dim,)), flow_layers=num_flows, invert=False)
     fixed = paramax.NonTrainable
     start, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, fixed))
-    loss = ElboLoss(u2 if dim == 2 else funnel, num_particles)
+    loss = ElboLoss(jax_log_density(dim), num_particles)
     adam = optax.adam(LR)
 
     @jax.jit
@@ -200,10 +189,26 @@ def flowjax_step(dim: int, num_particles: int, num_flows: int, seed: int) -> Run
         nonlocal state
         for _ in range(n):
             *state_, value = one(*state)
-            state = tuple(state_)  # type: ignore[assignment]
+            state = tuple(state_)
         jax.block_until_ready((state, value))
 
     return run
+
+
+def jax_log_density(dim: int) -> Callable[[Any], Any]:
+    """`energy`'s log density at one point, in jax."""
+    import jax.numpy as jnp
+
+    def u2(z: Any) -> Any:
+        off = (z[1] - jnp.sin(jnp.pi * z[0] / 2)) / 0.4
+        wall = jnp.maximum(jnp.abs(z[0]) - 4, 0) / 0.1
+        return -0.5 * (off**2 + wall**2)
+
+    def funnel(z: Any) -> Any:
+        scaled = z[1:] * jnp.exp(-0.5 * jnp.maximum(z[0], -80))
+        return -0.5 * ((z[0] / 3) ** 2 + (dim - 1) * z[0] + (scaled**2).sum())
+
+    return u2 if dim == 2 else funnel
 
 
 def planar_steps(peers: Sequence[str], dim: int, num_particles: int, num_flows: int, seed: int) -> dict[str, Run]:

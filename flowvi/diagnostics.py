@@ -55,10 +55,9 @@ MIN_DRAWS = 100  # fewer leave PSIS without a tail to fit
 ESS_LIMIT = 0.2  # of the draws, as PSIS weights see them
 NONFINITE_LIMIT = 0.01  # of the draws
 FLAT_WEIGHT = 3.0  # times the mean: where no weight is larger, no tail of them matters
-SHIFT_LIMIT = 0.1  # of a mean in sds, or of an sd relative to itself, beyond three standard errors
+SHIFT_LIMIT = 0.15  # of a mean in sds, or of an sd relative to itself, beyond two standard errors
 MISSED_LIMIT = 0.03  # nats of evidence, beyond three standard errors
 SETTLED = 1.2  # R-hat of the short HMC, below which its chains have forgotten where they began
-QUIET_ESS = 0.8  # of the draws, for the short HMC to overrule k-hat
 _UNDERFLOW = -700.0  # log weights this far below the largest are zero
 _FLAT = 1e-3  # log weights closer than this are equal: float32 rounding of log q at D = 1000 stays below
 
@@ -86,9 +85,9 @@ class Diagnostics:
         trusted: Whether every check passed. Never true where a number is NaN.
         verdict: What was found and what to do, in plain words.
         j: The symmetric KL divergence by the short HMC, and `j_se`; None where it was not run.
-        shift: The largest shift of a mean that the short HMC asks for, in sds, beyond three standard errors; and
+        shift: The largest shift of a mean that the short HMC asks for, in sds, beyond two standard errors; and
             `shift_site` where. 0 where there is none.
-        stretch: The same for an sd: how far its ratio is from 1 beyond three standard errors; and `stretch_site`.
+        stretch: The same for an sd: how far its ratio is from 1 beyond two standard errors; and `stretch_site`.
         missed: Log evidence by all starts of the whitening minus `log_evidence`, and `missed_se`; None without them.
         kl: KL(q || p) = log Z - ELBO, where the target's normalizer is known, and `kl_se`. A missed mode does
             show in it.
@@ -203,6 +202,8 @@ def psis(log_weights: _Array, *, backend: str | None = None) -> tuple[_Array, fl
     if top - np.partition(log_w, -tail)[-tail] < _FLAT:
         return _normalize(log_w), 0.0
     smoothed, khat = function(np.where(positive, log_w, top + _UNDERFLOW))
+    if not np.isfinite(smoothed).all():  # a fitted tail of almost equal weights can degenerate: leave them as they are
+        return _normalize(log_w), float(khat)
     return np.where(positive, smoothed, -np.inf), float(khat)
 
 
@@ -223,11 +224,19 @@ def judge(
 ) -> Diagnostics:
     """Diagnostics and verdict from log p and log q at fresh draws of q.
 
-    The rule: trusted if at most 1% of the draws are not finite, k-hat is below `khat_limit` (or no weight is above
-    three times the mean), the ELBO is less than `gap_limit` below the log evidence (two standard errors added),
-    the ESS is at least 20% of the draws, the short HMC finds J below `j_limit` and asks for no shift of a mean or
-    sd beyond .1, the whitening's starts found no evidence that q misses (.03 nats and three standard errors) and, where log Z is known, KL(q || p) is below `gap_limit` too. Where k-hat alone fails and the
-    short HMC, settled, finds nothing to move, means and sds are trusted, and the tails called in doubt.
+    The rule: trusted if
+
+    - at most 1% of the draws are not finite;
+    - the whitening's starts found no evidence that q misses (.03 nats and three standard errors);
+    - the short HMC finds J below `j_limit`, and asks for no shift of a mean or sd beyond .15;
+    - the ELBO is less than `gap_limit` below the log evidence (two standard errors added) and, where log Z is
+      known, KL(q || p) is below that too;
+    - k-hat is below `khat_limit`, or no weight is above three times the mean; and the ESS is at least 20% of the
+      draws. These two have no veto where the short HMC has settled and finds nothing to move: then means and sds
+      are trusted, and the tails called in doubt.
+
+    Over 220 targets with known moments (`python -m experiments verdict`) k-hat alone refused a third of the right
+    answers; this rule refused 4%, and trusted no wrong one but for far modes that no start had found.
 
     Args:
         log_p: Unnormalized log density of the target at the draws (S,).
@@ -305,9 +314,9 @@ def _estimates(log_w: _Array, finite: NDArray[np.bool_]) -> dict[str, float]:
 
 
 def _moves(moved: ShortRun, name: Callable[[int], str]) -> dict[str, Any]:
-    """J, and the worst shift and stretch beyond three standard errors, with their places."""
-    shift = (moved.mean_shift.abs() - 3 * moved.mean_shift_se).clamp_min(0).nan_to_num(nan=np.inf)
-    stretch = ((moved.sd_ratio - 1).abs() - 3 * moved.sd_ratio_se).clamp_min(0).nan_to_num(nan=np.inf)
+    """J, and the worst shift and stretch beyond two standard errors, with their places."""
+    shift = (moved.mean_shift.abs() - 2 * moved.mean_shift_se).clamp_min(0).nan_to_num(nan=np.inf)
+    stretch = ((moved.sd_ratio - 1).abs() - 2 * moved.sd_ratio_se).clamp_min(0).nan_to_num(nan=np.inf)
     return {
         "j": moved.j,
         "j_se": moved.j_se,
@@ -331,12 +340,12 @@ def _verdict(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bo
     if d.missed is not None and d.missed_se is not None and not d.missed < MISSED_LIMIT + 3 * d.missed_se:
         bad.append(
             f"The starts found more than the flow holds: the log evidence by all of them is {d.missed:.2g} ± "
-            f"{d.missed_se:.1g} nats larger, so a mode, or a part of one, is missing. Fit again with anneal=True or more "
-            "restarts."
+            f"{d.missed_se:.1g} nats larger, so a mode, or a part of one, is missing. Fit again with anneal=True or "
+            "more restarts."
         )
     if d.j is not None and d.j_se is not None:
         bad += _bad_moves(d, j_limit(dim))
-    quiet = settled and not bad and d.ess_fraction >= QUIET_ESS and d.gap + 2 * d.gap_se < limit
+    quiet = settled and not bad  # then the weights have no veto: k-hat refuses a third of the right ones
     if not d.nonfinite_fraction <= NONFINITE_LIMIT:
         bad.append(
             f"{_percent(d.nonfinite_fraction)} of the draws have no finite log density: look for a division "
@@ -362,7 +371,7 @@ def _verdict(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bo
             + ("Use more flows or fit longer" if known else "Diagnose with more draws")
             + ("; until then resample() corrects the draws." if tail_ok and known and d.ess >= MIN_DRAWS else ".")
         )
-    if not d.ess_fraction >= ESS_LIMIT:
+    if not d.ess_fraction >= ESS_LIMIT and not quiet:
         bad.append(
             f"The draws are worth {d.ess:.0f} of {d.num_samples} (limit {ESS_LIMIT:.0%}): the flow and the "
             "posterior overlap too little. Use more flows or fit longer."

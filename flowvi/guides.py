@@ -23,6 +23,7 @@ from torch.distributions.transforms import Transform as TorchTransform
 
 from flowvi.errors import DiscreteLatentError, NoLatentError, OptionError, SubsampledLatentError, TargetError
 from flowvi.flow import FULL_BASE_LIMIT, Flow, FlowSpec
+from flowvi.mixture import MixtureFlow
 from flowvi.transforms.affine import AFFINE_KINDS
 
 __all__ = ["AutoFlow", "AutoPlanar", "AutoRadial"]
@@ -100,6 +101,10 @@ class AutoFlow(AutoContinuous):
             density: a `flowvi.targets.LogDensity`, for its Pyro model and arguments.
             flow: the fitted q over its unconstrained space.
         """
+        if isinstance(flow, MixtureFlow):
+            from flowvi.mixture_guide import AutoMixture
+
+            return AutoMixture(density.pyro_model, flow).set_up(*density.args, **density.kwargs)
         spec = flow.spec
         guide = cls(density.pyro_model, num_flows=0)
         if spec is not None:

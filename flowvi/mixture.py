@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,8 @@ class MixtureFlow(Flow):
         """Draws of each component in turn and their own log density there; and a random order of all."""
         zs, logs = [], []
         for flow, count in zip(self.flows, self._counts(num, generator), strict=True):
-            z, log_q = flow.rsample_and_log_prob(count, generator=generator)
+            empty = torch.empty(0, self.dim, dtype=self.dtype, device=self.device)
+            z, log_q = flow.rsample_and_log_prob(count, generator=generator) if count else (empty, empty[:, 0])
             zs.append(z)
             logs.append(log_q)
         return zs, logs, torch.randperm(num, generator=generator, device=self.device)
@@ -255,7 +256,7 @@ class _Frame(TorchTransform):
     components, and not that of the whole, has the scale on which the density changes.
     """
 
-    domain = codomain = constraints.real_vector  # type: ignore[assignment]
+    domain = codomain = constraints.real_vector
     bijective = True
 
     def __init__(self, mixture: MixtureFlow) -> None:
@@ -302,8 +303,8 @@ class _Frame(TorchTransform):
 class _Pulled(torch.distributions.Distribution):
     """The distribution of e, where mu + L e has that of the mixture."""
 
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector  # type: ignore[assignment]
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
     has_rsample = True
 
     def __init__(self, mixture: MixtureFlow, frame: _Frame) -> None:

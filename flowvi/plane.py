@@ -31,7 +31,15 @@ CHUNK = 65536
 
 
 def num_layers(flow: Flow) -> int:
-    """K: a planar or radial stack counts its layers, any other transform is one; an affine layer at the end is none."""
+    """K: a planar or radial stack counts its layers, any other transform is one; an affine layer at the end is none.
+
+    Raises:
+        OptionError: the flow is not a chain of maps.
+    """
+    if hasattr(flow, "flows"):
+        raise OptionError(
+            "a mixture of flows is not one chain of layers: show one of its parts, such as flow.flows[0]."
+        )
     return sum(_count(layer) for layer in _split(flow)[0])
 
 
@@ -78,8 +86,9 @@ def exact(flow: Flow) -> Function:
         raise DimensionError(
             f"this picture shows densities with D = 2, and the flow has D = {flow.dim}: plot_marginals shows any D."
         )
-    if not (flow.has_standard_base and all(isinstance(t, nn.Module) for t in flow.transforms)):
-        return flow.log_prob
+    plain = type(flow) is Flow and flow.has_standard_base and all(isinstance(t, nn.Module) for t in flow.transforms)
+    if not plain:  # another base, or a mixture of flows
+        return lambda z: flow.log_prob(z.to(flow.dtype)).double()
     return Flow(2, [copy.deepcopy(t).double() for t in flow.transforms], validate_args=False).log_prob
 
 

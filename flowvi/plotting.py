@@ -294,7 +294,8 @@ def plot_error_against_k(
 ) -> np.ndarray:
     """The error against the number of layers K, one panel for each target and one line for each flow.
 
-    Lines join medians over seeds, bars reach from the best to the worst seed. Both axes are logarithmic.
+    Lines join medians over seeds, bars reach from the best to the worst seed. Both axes are logarithmic, so estimates
+    that noise made zero or negative are left out.
 
     Args:
         rows: mappings with `flow`, `K`, an error in nats, and perhaps `energy` or `target`: the rows of an experiment's

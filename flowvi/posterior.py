@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from flowvi.diagnostics import Diagnostics, judge, psis
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
 from flowvi.short_run import ShortRun, symmetric_kl
+from flowvi.threads import one_thread_if_small
 
 if TYPE_CHECKING:
     from flowvi.flow import Flow
@@ -35,6 +36,7 @@ _PERCENTS = (5, 50, 95)
 _MAX_ROWS = 30  # of the printed table
 _CHUNK_ELEMENTS = 2**21  # of z at a time, however many draws are asked for
 _SUMMARY_ELEMENTS = 2**23  # of the draws behind mean, std and quantiles
+_MAX_HMC_DIM = 2000  # of the short HMC
 _POOL = 10_000  # at least so many draws to resample from
 
 
@@ -218,7 +220,7 @@ class Posterior:
             num_samples: S, at least 100. The largest weights decide, so few draws are optimistic.
             seed: Other draws; None stands for one fixed choice.
             hmc: Whether the short HMC is run (`flowvi.short_run`): about a thousand gradients of 128
-                particles, a second for most models. It is left out where the model can't be traced.
+                particles, a second for most models. It is left out where the model can't be traced, and above D = 2000.
 
         Returns:
             The diagnostics.
@@ -237,6 +239,10 @@ class Posterior:
                 starts_evidence=self._starts_evidence,
                 name=self.density.coordinate_name,
             )
+            words = self.config.get("label_switching")
+            if words:
+                found = self._diagnoses[key]
+                self._diagnoses[key] = replace(found, verdict=f"{found.verdict} {words}")
         return self._diagnoses[key]
 
     @property
@@ -246,12 +252,14 @@ class Posterior:
         return None if found is None else (float(found[0]), float(found[1]))
 
     def _short_run(self, generator: torch.Generator) -> ShortRun | None:
-        """The short HMC; None where it has nothing finite to start from, or the model is run particle by particle."""
+        """The short HMC; None where it has nothing finite to start from, or D or the model is too dear."""
         density = self.density.full
-        if density.path == "eager":  # some hundred thousand runs of the model
+        if density.path == "eager" or density.dim > _MAX_HMC_DIM:  # some hundred thousand runs of model and flow
             return None
+        layers = self.flow.spec.num_flows if self.flow.spec is not None else 1
         try:
-            return symmetric_kl(self.flow, density, generator=generator)
+            with one_thread_if_small(128 * density.dim * max(1, layers)):
+                return symmetric_kl(self.flow, density, generator=generator)
         except NonFiniteError:
             return None
 

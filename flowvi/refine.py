@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from flowvi.bridge import log_evidence
 from flowvi.chains import MIN_LENGTH, Agreement, Chains, agreement, describe_separation
 from flowvi.errors import InterruptedWarning, OptionError
-from flowvi.fit.engine import one_thread_if_small
 from flowvi.hmc import FlowCoordinates, HMCInfo, HMCState, Tuning, hmc_step
 from flowvi.hmc_tuning import estimate_scale, jitter, tune, warm_up
 from flowvi.posterior import Posterior, _check_count
 from flowvi.refined import DIVERGENCE_LIMIT, RefinedDiagnostics, RefinedPosterior
 from flowvi.short_run import ShortRun, finite_start, symmetric_kl
+from flowvi.threads import one_thread_if_small
 
 __all__ = ["RefinedDiagnostics", "RefinedPosterior", "ShortRun", "refine", "symmetric_kl"]
 

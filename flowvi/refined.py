@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,9 +117,7 @@ class RefinedPosterior(Posterior):
         """R-hat and ESS of the unconstrained coordinates, at their worst."""
         return agreement(self.chains.z)
 
-    def diagnose(
-        self, num_samples: int = 10_000, *, seed: int | None = None, hmc: bool = False
-    ) -> RefinedDiagnostics:
+    def diagnose(self, num_samples: int = 10_000, *, seed: int | None = None, hmc: bool = False) -> RefinedDiagnostics:
         """R-hat, ESS and divergences of the chains, the evidence by bridge sampling, and a verdict in words.
 
         Args:
@@ -179,7 +176,9 @@ class RefinedPosterior(Posterior):
         agree = found.r_hat < self.goal_r_hat
         go_on = "Call refine() on this result to go on from here, with a larger time_limit"
         if not agree:
-            words = f"The chains disagree (R-hat {found.r_hat:.4g} at {self.density.coordinate_name(found.worst)}, limit "
+            words = (
+                f"The chains disagree (R-hat {found.r_hat:.4g} at {self.density.coordinate_name(found.worst)}, limit "
+            )
             words += f"{self.goal_r_hat:.4g})"
             long = chains.z.shape[1] >= LONG_ENOUGH
             apart = describe_separation(chains.z[:, :, found.worst]) if long and found.r_hat > 1.1 else None

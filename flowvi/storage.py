@@ -23,6 +23,7 @@ from flowvi.conditional_flow import ConditionalFlow
 from flowvi.density_fit import DensityFit, DensityHistory, flow_at
 from flowvi.errors import FileFormatError, OptionError, TargetError
 from flowvi.flow import Flow, FlowSpec
+from flowvi.mixture import flow_from_spec
 from flowvi.posterior import History, Posterior
 from flowvi.targets import LogDensity, as_density
 
@@ -196,7 +197,7 @@ def _rebuild(
         if context_dim:
             flow = ConditionalFlow(spec, context_dim, dtype=dtype, device=device)
         else:
-            flow = Flow.from_spec(spec, dtype=dtype, device=device)
+            flow = flow_from_spec(spec, dtype=dtype, device=device)
     try:
         flow.load_state_dict(state)
     except RuntimeError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import itertools
 import os
 import pickle
 import random
@@ -26,6 +28,8 @@ from flowvi.fit import checkpoint as checkpoint_module
 from flowvi.fit import rounds
 from flowvi.fit.checkpoint import FILE, Checkpoint, whole_steps
 from flowvi.storage import CHECKPOINT, _read, _write
+
+fit_module = importlib.import_module("flowvi.fit.fit")  # the name in the package is the function
 
 QUIET = {"progress": False, "verify": False, "seed": 0}
 SMALL = {"num_flows": 4, "num_steps": 60, "num_particles": 32, **QUIET}
@@ -77,9 +81,15 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Hundreds of files need not reach the disk; the test of SIGKILL has a process of its own."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def crash_after(monkeypatch, num_saves):
-    """The process ends right after so many files."""
-    save, seen = Checkpoint.save, []
+    """The process ends right after so many files; one is due at every eighth step."""
+    save, seen, steps = Checkpoint.save, [], itertools.count(1)
 
     def save_and_crash(self):
         save(self)
@@ -88,14 +98,15 @@ def crash_after(monkeypatch, num_saves):
             raise Crash
 
     monkeypatch.setattr(Checkpoint, "save", save_and_crash)
+    monkeypatch.setattr(Checkpoint, "due", lambda self: next(steps) % 8 == 0)
 
 
-def cut_off(fit, folder, num_saves, every=1e-9):
+def cut_off(fit, folder, num_saves):
     """A fit that crashes; whether it did."""
     with pytest.MonkeyPatch.context() as patch:
         crash_after(patch, num_saves)
         try:
-            fit(checkpoint=folder, checkpoint_every=every)
+            fit(checkpoint=folder)
         except Crash:
             return True
     return False
@@ -122,9 +133,9 @@ def clean(posterior):
 def test_a_crash_at_any_file_leaves_the_same_result(case, tmp_path):
     fit = CASES[case]
     whole = clean(fit())
-    for num_saves in (1, 2, 3, 4, 40, 64):  # at the start, after the whitening, in the steps, at the end
+    for num_saves in (2, 3, 9):  # after the whitening, at the first step, close to the end
         folder = tmp_path / str(num_saves)
-        cut_off(fit, folder, num_saves)
+        assert cut_off(fit, folder, num_saves)
         assert same(whole, clean(fit(checkpoint=folder)))
     assert same(whole, clean(fit(checkpoint=tmp_path / "none")))  # and where there was no crash
 
@@ -132,17 +143,17 @@ def test_a_crash_at_any_file_leaves_the_same_result(case, tmp_path):
 def test_a_crash_after_another_crash(tmp_path):
     fit = CASES["restarts"]
     crashes = 0
-    while cut_off(fit, tmp_path, 7):
+    while cut_off(fit, tmp_path, 4):
         crashes += 1
-    assert crashes > 10
+    assert crashes > 3
     assert same(fit(), fit(checkpoint=tmp_path))
 
 
 def test_a_finished_fit_is_returned_without_a_step(tmp_path, monkeypatch):
     fit = CASES["model"]
     first = fit(checkpoint=tmp_path)
-    monkeypatch.setattr("flowvi.fit.fit.optimize", pytest.fail)
-    monkeypatch.setattr("flowvi.fit.fit.whiten_", pytest.fail)
+    monkeypatch.setattr(fit_module, "optimize", pytest.fail)
+    monkeypatch.setattr(fit_module, "whiten_", pytest.fail)
     again = fit(checkpoint=tmp_path)
     assert same(first, again)
     assert again.timing.keys() == first.timing.keys()
@@ -152,13 +163,15 @@ def test_rounds_go_on_with_what_they_decided(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "ROUND_STEPS", 40)
     monkeypatch.setattr(rounds, "MIN_STEPS", 10)
     monkeypatch.setattr(rounds, "GOAL_PER_DIM_WHITENED", 1e-9)
-    monkeypatch.setattr(rounds, "FIRST", 4)
-    monkeypatch.setattr(rounds, "MAX_FLOWS", 8)
-    monkeypatch.setattr("flowvi.fit.fit.ROUND_STEPS", 40)
+    monkeypatch.setattr(rounds, "FIRST", 2)
+    monkeypatch.setattr(rounds, "GROW", 2)
+    monkeypatch.setattr(rounds, "MAX_FLOWS", 4)
+    monkeypatch.setattr(rounds, "NUM_DRAWS", 1000)
+    monkeypatch.setattr(fit_module, "ROUND_STEPS", 40)
     fit = partial(flowvi.fit, bent, dim=2, num_particles=32, **QUIET)
     whole = fit()
-    assert len(whole.config["rounds"]) > 3
-    for num_saves in (1, 2, 3, 20, 60, 150):
+    assert len(whole.config["rounds"]) >= 3  # the Gaussian's check, and two rounds of 5 and 10 files
+    for num_saves in (3, 6, 9, 14):
         folder = tmp_path / str(num_saves)
         assert cut_off(fit, folder, num_saves)
         resumed = fit(checkpoint=folder)
@@ -171,16 +184,16 @@ def test_rounds_go_on_with_what_they_decided(tmp_path, monkeypatch):
 
 def test_the_steps_that_fit_a_time_limit_are_measured_once(tmp_path):
     fit = partial(flowvi.fit, bent, dim=2, num_flows=2, num_particles=16, num_steps=10**6, time_limit=0.1, **QUIET)
-    assert cut_off(fit, tmp_path, 20)
+    assert cut_off(fit, tmp_path, 4)
     decided = _read(tmp_path / FILE, CHECKPOINT)["parts"]["loop"]["num_steps"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowvi.fit.fit.seconds_per_step", pytest.fail)
+        patch.setattr(fit_module, "seconds_per_step", pytest.fail)
         assert fit(checkpoint=tmp_path).config["num_steps"] == decided
 
 
 def test_without_a_seed_the_files_seed_goes_on(tmp_path):
     fit = partial(flowvi.fit, bent, dim=2, num_flows=2, num_steps=30, progress=False, verify=False)
-    assert cut_off(fit, tmp_path, 10)
+    assert cut_off(fit, tmp_path, 4)
     resumed = fit(checkpoint=tmp_path)
     assert resumed.seed == _read(tmp_path / FILE, CHECKPOINT)["call"]["seed"]
     assert same(resumed, fit(seed=resumed.seed))
@@ -245,7 +258,7 @@ class Hostile:
 @pytest.fixture
 def folder(tmp_path):
     """A fit that was cut off in its steps."""
-    assert cut_off(CASES["model"], tmp_path / "folder", 30)
+    assert cut_off(CASES["model"], tmp_path / "folder", 5)
     return tmp_path / "folder"
 
 
@@ -256,16 +269,16 @@ def damage(folder, kind):
         path.write_bytes(b"")
     elif kind == "torn":
         path.write_bytes(whole[: len(whole) // 2])
-    elif kind == "one bit":  # of a parameter: torch.load doesn't see it
+    elif kind == "one_bit":  # of a parameter: torch.load doesn't see it
         position = whole.index(torch.load(path)["parts"]["loop"]["flow"]["1.loc"].numpy().tobytes())
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
     elif kind == "text":
         path.write_text("not a checkpoint")
     elif kind == "zip":
         torch.save({"weights": torch.ones(3)}, path)
-    elif kind == "hostile zip":
+    elif kind == "hostile_zip":
         torch.save({"format": "flowvi.checkpoint", "version": 1, "call": Hostile(folder / "ran")}, path)
-    elif kind == "hostile pickle":
+    elif kind == "hostile_pickle":
         path.write_bytes(pickle.dumps(Hostile(folder / "ran")))
     elif kind == "future":
         torch.save(torch.load(path) | {"version": CHECKPOINT.version + 1}, path)
@@ -276,25 +289,27 @@ def damage(folder, kind):
         path.mkdir()
     else:
         content = _read(path, CHECKPOINT)
-        if kind == "no steps":
+        if kind == "no_steps":
             content["parts"]["loop"] = {}
-        elif kind == "other shapes":
+        elif kind == "other_shapes":
             content["parts"]["loop"]["flow"]["1.loc"] = torch.zeros(7)
-        elif kind == "no moments":
+        elif kind == "no_moments":
             content["parts"]["loop"]["adam"] = [1.0, 2.0, 3.0]
-        elif kind == "no generator":
+        elif kind == "no_generator":
             content["generators"] = {"fit": torch.zeros(3)}
-        elif kind == "no call":
+        elif kind == "no_call":
             content["call"] = None
-        elif kind == "no parts":
+        elif kind == "no_parts":
             content["parts"] = 3
         _write(path, content, CHECKPOINT)
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["empty", "torn", "one bit", "text", "zip", "hostile zip", "hostile pickle", "future", "posterior", "folder"]
-    + ["no steps", "other shapes", "no moments", "no generator", "no call", "no parts"],
+    [
+        *("empty", "torn", "one_bit", "text", "zip", "hostile_zip", "hostile_pickle", "future", "posterior", "folder"),
+        *("no_steps", "other_shapes", "no_moments", "no_generator", "no_call", "no_parts"),
+    ],
 )
 def test_a_bad_file_is_a_typed_error_and_runs_nothing(kind, folder):
     damage(folder, kind)
@@ -433,7 +448,7 @@ def test_ctrl_c_between_rounds_keeps_the_best(monkeypatch):
         return check(*args, **kwargs)
 
     monkeypatch.setattr(rounds, "check", interrupted)
-    monkeypatch.setattr("flowvi.fit.fit.ROUND_STEPS", 250)
+    monkeypatch.setattr(fit_module, "ROUND_STEPS", 250)
     with pytest.warns(errors.InterruptedWarning):
         posterior = flowvi.fit(bent, dim=2, num_particles=32, **QUIET)
     assert posterior.config["stopped"] == "interrupted"
@@ -443,7 +458,7 @@ def test_ctrl_c_between_rounds_keeps_the_best(monkeypatch):
 
 def test_nothing_is_written_or_asked_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flowvi.fit.fit.Checkpoint", pytest.fail)
+    monkeypatch.setattr(fit_module, "Checkpoint", pytest.fail)
     monkeypatch.setattr(checkpoint_module, "_digest", pytest.fail)
     CASES["energy"]()
     assert os.listdir(tmp_path) == []
@@ -463,19 +478,22 @@ def kill_and_resume(folder: Path, num: int) -> None:
         wait(fork(fit, folder / f"whole {i}"))
         lengths.append(time.monotonic() - start)
         assert (folder / f"whole {i}" / "digest").read_text() == warm[i]
-    moments = random.Random(0)
-    killed = 0
-    for i in range(num):
+    moments, killed = random.Random(0), 0
+    for i in range(4 * num):
         which = i % len(fits)
         place = folder / str(i)
         child = fork(fits[which], place)
         time.sleep(moments.uniform(0, lengths[which]))
         os.kill(child, signal.SIGKILL)
-        killed += os.WIFSIGNALED(wait(child))
+        if not os.WIFSIGNALED(wait(child)):  # it was done before: the machine is less busy now
+            lengths[which] *= 0.9
+            continue
         wait(fork(fits[which], place))
         found = (place / "digest").read_text()
         print("same" if found == warm[which] else "OTHER", flush=True)
-    print(f"{killed} killed", flush=True)
+        killed += 1
+        if killed == num:
+            break
 
 
 def fork(fit, place: Path) -> int:
@@ -502,7 +520,7 @@ def digest(posterior) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("num", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments_changes_no_bit(num, tmp_path):
     run = subprocess.run(
         [sys.executable, __file__, str(tmp_path), str(num)],
@@ -512,9 +530,7 @@ def test_sigkill_at_random_moments_changes_no_bit(num, tmp_path):
         timeout=600,
         check=False,
     )
-    lines = run.stdout.splitlines()
-    assert lines[:-1] == ["same"] * num, run.stdout + run.stderr
-    assert int(lines[-1].split()[0]) > 0.7 * num  # the others were done before they were killed
+    assert run.stdout.splitlines() == ["same"] * num, run.stdout + run.stderr
 
 
 if __name__ == "__main__":

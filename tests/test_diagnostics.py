@@ -216,7 +216,9 @@ def test_nan_is_never_trusted(field):
     }
     good |= {"khat": 0.1, "ess": 900.0, "ess_fraction": 0.9, "nonfinite_fraction": 0.0, "num_samples": 1000}
     assert _verdict(Diagnostics(**good, trusted=False, verdict=""), 5, flat=False, settled=False)[0]
-    assert not _verdict(Diagnostics(**(good | {field: math.nan}), trusted=False, verdict=""), 5, flat=False, settled=False)[0]
+    assert not _verdict(
+        Diagnostics(**(good | {field: math.nan}), trusted=False, verdict=""), 5, flat=False, settled=False
+    )[0]
 
 
 def test_limits():
@@ -259,11 +261,11 @@ def test_what_a_short_hmc_moves_is_not_trusted():
     assert "J 0.020 ± 0.010" in good.numbers()
     shifted = judge(log_p, log_q, dim=3, moved=moves(mean_shift=torch.tensor([0.0, -0.3, 0.0])), name="site {}".format)
     assert not shifted.trusted
-    assert shifted.shift == pytest.approx(0.24)
-    assert "moves the mean of site 1 by more than 0.24 sd" in shifted.verdict
+    assert shifted.shift == pytest.approx(0.26)
+    assert "moves the mean of site 1 by more than 0.26 sd" in shifted.verdict
     stretched = judge(log_p, log_q, dim=3, moved=moves(sd_ratio=torch.tensor([1.0, 1.0, 1.5])))
     assert not stretched.trusted
-    assert "changes the sd of z[2] by more than 44%" in stretched.verdict
+    assert "changes the sd of z[2] by more than 46%" in stretched.verdict
     assert not judge(log_p, log_q, dim=3, moved=moves(j=2.0)).trusted
     assert not judge(log_p, log_q, dim=3, moved=moves(mean_shift=torch.full((3,), math.nan))).trusted
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowvi import errors
+from flowvi import errors, kernels
 from flowvi.energies import (
     ENERGIES,
     U1,
@@ -424,8 +424,14 @@ def test_bad_arguments(make, error, words):
         make()
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("energy", [U1(), U1(wall=2.0), U2(), U2(wall=False), U3(), U4()], ids=repr)
-def test_gradients_by_hand_are_autograds(energy):
+def test_gradients_by_hand_are_autograds(energy, backend):
+    with kernels.use(backend):
+        check_gradient(energy)
+
+
+def check_gradient(energy):
     z = 3 * torch.randn(500, 2, dtype=torch.float64)
     z[0] = 0.0
     value, grad = energy.log_density_and_grad(z)

@@ -8,60 +8,73 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib: pip install 'flowvi[experiments]'")
 
-from experiments import known_models, known_targets, peers, truth, verdict  # noqa: E402
-from experiments.known_targets import Random  # noqa: E402
-from experiments.posteriors import exact, load_references  # noqa: E402
-from flowvi.errors import OptionError  # noqa: E402
+from experiments import known_models, known_targets, peers, truth, verdict
+from experiments.known_targets import Random
+from experiments.posteriors import exact, load_references
+from flowvi.errors import OptionError
 
 # Targets with known moments --------------------------------------------------------------------------------
 
 
-def grid_moments(target, num=1201, reach=8.0):
+def grid_moments(target, move=lambda z: (z, 0.0), num=701, reach=7.5):
     """Mass, mean and sd of the judged quantities of a target on the plane, by quadrature.
 
-    The grid is sinh-spaced about the mean, fine in the middle and wide enough for heavy tails.
+    The grid is sinh-spaced, fine in the middle and wide enough for heavy tails. `move` takes it to where the target
+    is smooth: grid -> z and the log Jacobian.
     """
     t = torch.linspace(-reach, reach, num, dtype=torch.float64)
-    # an identity where `judged` is not z: then z's own place is not known, but it is near the origin
-    own = target.judged is known_targets.coordinates
+    own = target.judged is known_targets.coordinates  # else z's own moments are not known, but it is near the origin
     loc, scale = (target.mean, target.std) if own else (torch.zeros(2).double(), torch.ones(2).double())
-    axes = [loc[i] + 0.3 * scale[i] * t.sinh() for i in range(2)]
-    weights = [0.3 * scale[i] * t.cosh() * (t[1] - t[0]) for i in range(2)]
-    z = torch.cartesian_prod(*axes)
-    weight = torch.cartesian_prod(*weights).prod(1)
-    density = torch.where(weight > 0, target.log_prob(z).exp() * weight, 0.0)
-    judged = torch.nan_to_num(target.judged(z), posinf=0.0, neginf=0.0)
+    points = torch.cartesian_prod(*(loc[i] + 0.3 * scale[i] * t.sinh() for i in range(2)))
+    weight = torch.cartesian_prod(*(0.3 * scale[i] * t.cosh() * (t[1] - t[0]) for i in range(2))).prod(1)
+    z, log_det = move(points)
+    density = torch.nan_to_num((target.log_prob(z) + log_det).exp() * weight)
+    judged = torch.nan_to_num(target.judged(z)).clamp(-1e100, 1e100)
     mass = density.sum()
     mean = density @ judged / mass
     return mass, mean, (density @ (judged - mean).square() / mass).sqrt()
+
+
+def along_the_scale(points):
+    """(x, u) -> (x exp(u), u): a funnel's neck made wide."""
+    u = points[:, 1]
+    return torch.stack([points[:, 0] * u.exp(), u], 1), u
+
+
+def check_moments(target, mass, mean, std):
+    assert mass.item() == pytest.approx(1, abs=2e-3)
+    torch.testing.assert_close((mean - target.mean) / target.std, torch.zeros(2).double(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(std / target.std, torch.ones(2).double(), atol=5e-3, rtol=0)
 
 
 PLANE = ["funnel", "banana", "skewed", "heavy", "two modes", "eight modes", "positive", "horseshoe", "regression"]
 
 
 @pytest.mark.parametrize("family", PLANE)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_known_moments_by_quadrature(family, seed):
     target = known_models.FAMILIES[family](Random(seed), 2)
     assert target.family == family
     assert target.dim == 2
-    mass, mean, std = grid_moments(target)
-    assert mass.item() == pytest.approx(1, abs=2e-3)
-    torch.testing.assert_close((mean - target.mean) / target.std, torch.zeros(2).double(), atol=5e-3, rtol=0)
-    torch.testing.assert_close(std / target.std, torch.ones(2).double(), atol=5e-3, rtol=0)
+    if family == "horseshoe" and "non-centered" not in target.name:
+        check_moments(target, *grid_moments(target, along_the_scale))
+    else:
+        check_moments(target, *grid_moments(target))
 
 
 def test_known_moments_of_neals_funnel():
-    """The first seeds may all be other funnels: find one."""
-    found = [known_models.FAMILIES["funnel"](Random(seed), 2) for seed in range(12)]
+    found = (known_models.FAMILIES["funnel"](Random(seed), 2) for seed in range(30))
     neal = next(target for target in found if "Neal" in target.name)
-    mass, mean, std = grid_moments(neal, reach=10.0)
-    assert mass.item() == pytest.approx(1, abs=2e-3)
-    torch.testing.assert_close(mean, torch.zeros(2).double(), atol=1e-2, rtol=0)
-    torch.testing.assert_close(std, neal.std, atol=0, rtol=5e-3)
+
+    def move(points):  # v first, then x
+        v = points[:, 0]
+        return torch.stack([v, points[:, 1] * (v / 2).exp()], 1), v / 2
+
+    check_moments(neal, *grid_moments(neal, move))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -77,27 +90,33 @@ def test_known_moments_of_a_gaussian_by_its_curvature(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_known_moments_of_hierarchical_means(seed):
-    """By self-normalized importance sampling: log tau from a wide t, the rest from what is Gaussian given it."""
+    """By importance sampling: theta about mu where tau is small, about its own mean where tau is large."""
     target = known_models.FAMILIES["hierarchical"](Random(seed), 4)
-    torch.manual_seed(0)
-    num = 400_000
+    num = 2**17
+    points = torch.quasirandom.SobolEngine(4, scramble=True, seed=0).draw(num, dtype=torch.float64)
+    t = torch.as_tensor(stats.t.ppf(points.clamp(1e-9, 1 - 1e-9).numpy(), 4.0))
     wide = torch.distributions.StudentT(torch.tensor(4.0).double())
-    spread = 1.5 * target.std  # of the judged quantities, theta among them
-    t = wide.sample((num, 4))
-    z = target.mean + spread * t
-    log_q = (wide.log_prob(t) - spread.log()).sum(1)
-    centered = "non-centered" not in target.name
-    if not centered:  # from theta back to (theta - mu) / tau, with its Jacobian
-        z = torch.cat([z[:, :2], (z[:, 2:] - z[:, :1]) / z[:, 1:2].exp()], 1)
-        log_q = log_q + 2 * z[:, 1]
+    spread = 1.3 * target.std
+    x = target.mean + spread * t
+    mu, tau = x[:, :1], x[:, 1:2].exp()
+    near = torch.rand(num, 1, generator=torch.Generator().manual_seed(0)) < 0.5
+    theta = torch.where(near, mu + tau * t[:, 2:], x[:, 2:])
+    about_mu = (wide.log_prob((theta - mu) / tau) - tau.log()).sum(1)
+    about_own = (wide.log_prob((theta - target.mean[2:]) / spread[2:]) - spread[2:].log()).sum(1)
+    log_q = (wide.log_prob(t[:, :2]) - spread[:2].log()).sum(1) + torch.logaddexp(about_mu, about_own) - math.log(2)
+    if "non-centered" in target.name:
+        log_q = log_q + 2 * tau[:, 0].log()
+        z = torch.cat([x[:, :2], (theta - mu) / tau], 1)
+    else:
+        z = torch.cat([x[:, :2], theta], 1)
     log_w = target.log_prob(z) - log_q
     weight = log_w.softmax(0)
     judged = target.judged(z)
     mean = weight @ judged
     std = (weight @ (judged - mean).square()).sqrt()
-    assert (log_w.logsumexp(0) - math.log(num)).item() == pytest.approx(0, abs=0.03)
-    torch.testing.assert_close((mean - target.mean) / target.std, torch.zeros(4).double(), atol=0.03, rtol=0)
-    torch.testing.assert_close(std / target.std, torch.ones(4).double(), atol=0.03, rtol=0)
+    assert (log_w.logsumexp(0) - math.log(num)).item() == pytest.approx(0, abs=0.01)
+    torch.testing.assert_close((mean - target.mean) / target.std, torch.zeros(4).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(std / target.std, torch.ones(4).double(), atol=0.02, rtol=0)
 
 
 def test_targets_by_number():
@@ -148,7 +167,7 @@ def test_confusion_and_threshold():
     }
     assert (on_even["right trusted"], on_even["right not"]) == (1, 1)  # NaN is never trusted
     assert (on_even["wrong trusted"], on_even["wrong not"]) == (1, 1)
-    assert verdict.best_threshold([*odd, *even], "mix") is None
+    assert verdict.best_threshold([*odd, *even], "missed") is None
     lines = {line["fits"]: line for line in verdict.table([*odd, *even])}
     assert lines["all"]["number"] == "9"
     assert lines["all"]["wrong trusted"] == "3"
@@ -163,6 +182,18 @@ def test_ess_is_better_where_it_is_larger():
     assert (on_odd["right trusted"], on_odd["wrong trusted"]) == (1, 0)
 
 
+def test_a_far_mode_is_a_group_of_its_own():
+    """Known log Z: q is e^-.7 of it and nothing moves. It must not spoil the thresholds of what can't see it."""
+    far = row(1, "wrong", 0.0, hmc_j=0.0, log_z_error=-0.7)
+    poor = row(3, "wrong", 0.9, hmc_j=2.0, log_z_error=-0.1)
+    good = row(5, "right", 0.5, hmc_j=0.01, log_z_error=0.0)
+    assert [verdict.lacks_a_mode(r) for r in (far, poor, good)] == [True, False, False]
+    limit, _, _ = verdict.best_threshold([far, poor, good], "khat")
+    assert limit == pytest.approx(0.7)
+    lines = {line["fits"]: line for line in verdict.table([far, poor, good])}
+    assert lines["lacking a far mode"]["wrong trusted"] == "1"
+
+
 def test_about_two_fits_of_five_are_spoiled():
     spoiled = [verdict.options(index, 0) for index in range(500)]
     share = sum(bool(options) for options in spoiled) / len(spoiled)
@@ -171,15 +202,15 @@ def test_about_two_fits_of_five_are_spoiled():
 
 
 def test_verdict_runs_and_goes_on(tmp_path, monkeypatch):
-    config = dataclasses.replace(verdict.Config.quick(1), num_targets=2, num_steps=30)
+    config = dataclasses.replace(verdict.Config.quick(1), num_targets=1, num_steps=30)
     first = verdict.run(config, tmp_path, progress=False)
     monkeypatch.setattr(verdict, "measure", lambda *_: pytest.fail("a row that was there is made again"))
     again = verdict.run(config, tmp_path, progress=False)
     assert again.rows == first.rows
     again.write(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [r["index"] for r in results["rows"]] == [0, 1]
-    assert "| all | 2 |" in (tmp_path / "table.md").read_text()
+    assert [r["index"] for r in results["rows"]] == [0]
+    assert "| all | 1 |" in (tmp_path / "table.md").read_text()
     gaussian = results["rows"][0]
     assert gaussian["family"] == "gaussian"
     assert gaussian["truth"] in ("right", "grey", "wrong")
@@ -221,10 +252,12 @@ def test_guides_give_every_site(name):
 def test_a_guide_learns_what_it_can():
     """A Gaussian posterior of one parameter, near where the guide starts."""
     known = exact()[0]
-    draws = peers.pyro_guide(known, "AutoNormal", seed=0, num_steps=1500, num_draws=20_000)
-    error_mean, error_sd = known.errors(draws)
-    assert error_mean < 0.2
-    assert error_sd < 0.3
+    errors = [
+        known.errors(peers.pyro_guide(known, "AutoNormal", seed=0, num_steps=num_steps, num_draws=2000))
+        for num_steps in (2, 600)
+    ]
+    assert errors[1][0] < 0.3 * errors[0][0]
+    assert errors[1][1] < 0.7 * errors[0][1]
 
 
 def test_nuts_and_improper_priors(references):
@@ -251,7 +284,7 @@ def test_truth_runs_and_goes_on(tmp_path, monkeypatch):
     ours = first.rows[0]
     assert ours["trusted"] in (True, False)
     assert ours["error"] == max(ours["error_mean"], ours["error_sd"])
-    assert first.rows[1]["seconds"] > ours["seconds"]  # resampling comes after the fit
+    assert first.rows[1]["seconds"] > 0.5 * ours["seconds"]  # the fit's seconds are a part of both
     assert first.rows[2]["trusted"] is None
     monkeypatch.setattr(peers, "pyro_guide", lambda *a, **k: pytest.fail("a row that was there is made again"))
     again = truth.run(config, tmp_path, progress=False)

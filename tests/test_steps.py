@@ -113,7 +113,9 @@ def test_adam_skips_and_clips(backend):
             grad.fill_(bad)
             adam.step(0.1, usable)
         assert adam.skipped == 4
-        assert all(torch.equal(a, b) for a, b in zip(before, (vector, adam.mean, adam.square, adam.state[:2])))
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, (vector, adam.mean, adam.square, adam.state[:2]), strict=True)
+        )
         grad.fill_(1e6)
         adam.step(0.1)
         assert torch.allclose(adam.mean, torch.full((3,), 0.09 + 0.1 * CLIP, dtype=torch.float64))

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import weakref
 from functools import partial
 
 import pyro
@@ -360,3 +361,23 @@ def test_unknown_name_says_what_there_is():
 def test_bad_arguments(call, text):
     with pytest.raises(OptionError, match=text):
         call()
+
+
+def test_log_prob_goes_backward_again_on_the_same_tensor(make, dim):
+    # Gradients are accumulated without a step between: no graph may be handed out twice, nor outlive its use.
+    t = perturbed(make, dim)
+    y = torch.randn(4, dim, dtype=torch.float64)
+    flow = flowvi.Flow(dist.Normal(torch.zeros(dim, dtype=torch.float64), 1.0).to_event(1), [t])
+    plain = dist.TransformedDistribution(dist.Normal(torch.zeros(dim, dtype=torch.float64), 1.0).to_event(1), [t])
+    first = flow.log_prob(y).sum()
+    if not first.requires_grad:
+        pytest.skip("no parameters that log q depends on")
+    first.backward()
+    for q in (flow, plain, plain):
+        again = q.log_prob(y).sum()
+        assert again.item() == pytest.approx(first.item(), abs=1e-9)
+        again.backward()
+    alive = weakref.ref(y)
+    del y, again, first
+    gc.collect()
+    assert alive() is None

@@ -18,10 +18,11 @@ from flowvi.conditional_flow import ConditionalFlow
 from flowvi.density_fit import DensityFit, DensityHistory, LogLikelihood, flow_at
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
 from flowvi.fit.adam import FlatAdam, FlatParameters
-from flowvi.fit.engine import Schedule, one_thread_if_small
+from flowvi.fit.engine import Schedule
 from flowvi.fit.rows import Rows, Scaling, as_rows, split
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
+from flowvi.threads import one_thread_if_small
 from flowvi.transforms.registry import lookup
 
 __all__ = ["fit_density"]

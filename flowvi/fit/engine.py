@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +19,6 @@ from flowvi.objectives import ELBO, Target
 
 WARM_UP = 50
 """Steps over which the step size grows from 0: Adam's second moment is noise before that."""
-
-SMALL = 1_000_000
-"""Work per step, S D K, below which a second thread costs more than it brings (measured on two cores)."""
-
 
 LOOP = "loop"
 """The part of a checkpoint that is the loop's."""
@@ -144,11 +138,13 @@ def optimize(
     if checkpoint is not None:
         if saved is not None:
             with checkpoint.reading():
-                for tensor, value in zip((adam.mean, adam.square, adam.state), saved["adam"], strict=True):
-                    tensor.copy_(value)
                 record.beta = saved["beta"].tolist()
                 first = len(record.beta)
-                elbo[:first], num_valid[:first] = saved["elbo"], saved["num_valid"]
+                mine = [adam.mean, adam.square, adam.state, elbo[:first], num_valid[:first]]
+                for tensor, value in zip(mine, [*saved["adam"], saved["elbo"], saved["num_valid"]], strict=True):
+                    if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):  # copy_ would broadcast and cast
+                        raise ValueError(f"a state of shape {tuple(value.shape)} where {tuple(tensor.shape)} is due")
+                    tensor.copy_(value)
                 start -= saved["seconds"]
         checkpoint.keep(LOOP, state)
     show = None if progress is None else not progress
@@ -193,18 +189,6 @@ def saved_schedule(checkpoint: Checkpoint | None) -> Schedule | None:
     with checkpoint.reading():
         saved = checkpoint.look(LOOP)
         return None if saved is None else Schedule(int(saved["num_steps"]), float(saved["lr"]))
-
-
-@contextmanager
-def one_thread_if_small(size: int) -> Iterator[None]:
-    """One torch thread inside, where `size` = S D K numbers are too few to repay waking more of them."""
-    before = torch.get_num_threads()
-    if size < SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def seconds_per_step(

@@ -15,16 +15,21 @@ import torch
 
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError, UntrustedWarning
 from flowvi.fit.checkpoint import Checkpoint, describe
-from flowvi.fit.engine import Record, Schedule, one_thread_if_small, optimize, saved_schedule, seconds_per_step
+from flowvi.fit.engine import Record, Schedule, optimize, saved_schedule, seconds_per_step
+from flowvi.fit.labels import label_switching
+from flowvi.fit.modes import Mode, distinct, fit_mixture, starts_evidence
+from flowvi.fit.paths import connected
 from flowvi.fit.rounds import ROUND_STEPS, SECONDS, Check, as_plain, run_rounds
-from flowvi.fit.whiten import Gaussian
+from flowvi.fit.whiten import Gaussian, Start
 from flowvi.fit.whiten import whiten as whiten_
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
+from flowvi.mixture import MixtureFlow
 from flowvi.objectives import ELBO, BalancedELBO, LinearAnneal
 from flowvi.posterior import History, Posterior
 from flowvi.targets import LogDensity, as_density
 from flowvi.targets.compiling import CompileReport
+from flowvi.threads import one_thread_if_small
 from flowvi.transforms.registry import FlowEntry, lookup
 
 __all__ = ["fit"]
@@ -294,10 +299,15 @@ def _attempt(
             saver.save()
     if gaussian is not None:
         decided["starts_agree"] = gaussian.agree
-    flow = _start(replace(spec, num_flows=0) if plan.rounds else spec, factory, density, gaussian, seed)
+    bare = replace(spec, num_flows=0) if plan.rounds else spec
+    flow = _start(bare, factory, density, gaussian, seed)
+    start = time.perf_counter()
+    modes, groups = _modes(gaussian, density, seed, decided)
+    if gaussian is not None:
+        _add(timing, "modes", start)
     anneal = plan.anneal
     if anneal is None:
-        anneal = gaussian is not None and not gaussian.agree
+        anneal = gaussian is not None and not gaussian.agree and len(groups) <= 1
     num_steps = plan.num_steps
 
     def make_objective(num_steps: int | None) -> ELBO:
@@ -315,14 +325,45 @@ def _attempt(
         saver.restore_generators()
     elif plan.compile is not False:
         start = time.perf_counter()
-        num_calls = None if plan.compile is True else num_steps
+        num_calls = None if plan.compile is True else (ROUND_STEPS if plan.rounds else num_steps)
         compiled = density.compile(make_objective(1).num_particles, num_calls=num_calls)
         if compiled.seconds:
             _add(timing, "compile", start)
     start = time.perf_counter()
     checks: list[Check] = []
     objective = make_objective(num_steps)
-    if plan.rounds:
+    if len(modes) > 1:
+        share = replace(plan, time_limit=(plan.time_limit or (SECONDS if plan.rounds else 0)) / len(groups) or None)
+        records: list[Record] = []
+
+        def fit_one(mode: Mode) -> Flow:
+            component = _start(bare, factory, density, mode, seed + len(records))
+            if plan.rounds:
+                component, seen, found = run_rounds(
+                    component,
+                    density,
+                    make_objective,
+                    lr=plan.lr,
+                    first_steps=ROUND_STEPS,
+                    annealed=False,
+                    whitened=True,
+                    seconds=share.time_limit or SECONDS,
+                    seed=seed,
+                    generator=generator,
+                    progress=plan.progress,
+                )
+                checks.extend(found)
+            else:
+                _, _, seen = _steps(component, density, make_objective, share, spec, generator, None)
+            records.append(seen)
+            return component
+
+        mixture = fit_mixture(density, modes, fit_one, generator, groups=groups)
+        flow, record, num_steps = mixture.flow, _joined(records), sum(len(r.beta) for r in records)
+        decided["weights"] = [round(float(w), 4) for w in mixture.weights]
+        if len(groups) > 1:
+            decided["label_switching"] = label_switching(mixture.modes, density)
+    elif plan.rounds:
         flow, record, checks = run_rounds(
             flow,
             density,
@@ -342,7 +383,7 @@ def _attempt(
         num_steps, objective, record = _steps(flow, density, make_objective, plan, spec, generator, saver)
     _add(timing, "steps", start)
     decided |= {
-        "num_flows": flow.spec.num_flows if flow.spec is not None else spec.num_flows,
+        "num_flows": _num_flows(flow, spec),
         "num_steps": num_steps,
         "num_particles": objective.num_particles,
         "lr": plan.lr,
@@ -353,6 +394,37 @@ def _attempt(
         "rounds": as_plain(checks),
     }
     return Attempt(_fresh_elbo(flow, density, generator), flow, record, decided)
+
+
+def _modes(
+    gaussian: Gaussian | None, density: LogDensity, seed: int, decided: dict[str, Any]
+) -> tuple[Sequence[Mode], Sequence[Sequence[int]]]:
+    """The places where the whitening's starts found mass of their own, and which of them are joined by a ridge."""
+    if gaussian is None:
+        return (), ()
+    generator = torch.Generator(density.device).manual_seed(seed + 1)  # its own, so that a resumed fit finds the same
+    starts = (gaussian, *gaussian.starts)
+    decided["starts_log_evidence"] = starts_evidence(starts, density, generator)
+    modes = distinct(starts, density, generator)
+    groups = connected(modes, density) if len(modes) > 1 else [[0]]
+    decided["modes"] = len(groups)
+    return modes, groups
+
+
+def _joined(records: Sequence[Record]) -> Record:
+    """The records of several components, one after the other."""
+    first, *others = records
+    for other in others:
+        first.extend(other)
+        first.stopped = other.stopped if other.stopped == "interrupted" else first.stopped
+    return first
+
+
+def _num_flows(flow: Flow, spec: FlowSpec) -> int:
+    """K; of the longest component where there are several."""
+    if isinstance(flow, MixtureFlow):
+        return max(_num_flows(component, spec) for component in flow.flows)
+    return flow.spec.num_flows if flow.spec is not None else spec.num_flows
 
 
 def _steps(
@@ -388,14 +460,23 @@ def _steps(
 
 def _pack(attempt: Attempt) -> dict[str, Any]:
     """A finished attempt as plain data, for a checkpoint."""
-    return attempt._asdict() | {"flow": attempt.flow.state_dict(), "record": attempt.record.to_dict()}
+    mixture = attempt.flow.spec.to_dict() if isinstance(attempt.flow, MixtureFlow) and attempt.flow.spec else None
+    return attempt._asdict() | {
+        "flow": attempt.flow.state_dict(),
+        "mixture": mixture,
+        "record": attempt.record.to_dict(),
+    }
 
 
 def _unpack(
     saved: Mapping[str, Any], density: LogDensity, spec: FlowSpec, factory: Callable[..., Any] | None, seed: int
 ) -> Attempt:
     """The attempt that `_pack` gave."""
-    flow = _start(replace(spec, num_flows=saved["decided"]["num_flows"]), factory, density, None, seed)
+    if saved["mixture"] is not None:
+        mixture = FlowSpec.from_dict(saved["mixture"])
+        flow: Flow = MixtureFlow.from_spec(mixture, dtype=density.dtype, device=density.device, factory=factory)
+    else:
+        flow = _start(replace(spec, num_flows=saved["decided"]["num_flows"]), factory, density, None, seed)
     flow.load_state_dict(saved["flow"])
     return Attempt(saved["elbo"], flow, Record.from_dict(saved["record"]), saved["decided"])
 
@@ -404,7 +485,7 @@ def _start(
     spec: FlowSpec,
     factory: Callable[..., Any] | None,
     density: LogDensity,
-    gaussian: Gaussian | None,
+    gaussian: Start | None,
     seed: int,
 ) -> Flow:
     """The flow at the identity on top of the Gaussian, its random directions drawn from the seed."""

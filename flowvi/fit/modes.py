@@ -33,7 +33,7 @@ NUM_DRAWS = 8192
 MIN_SHARE = 1e-3
 """The share of the evidence below which a mode is left out."""
 
-NEAR_SHARE = 0.05
+NEAR_SHARE = 0.1
 """The same for a place within reach of a better one: what a Gaussian leaves out there may be the tail of its mode."""
 
 NEAR, NEAR_PER_ROOT_DIM = 3.0, 0.25
@@ -160,7 +160,7 @@ def distinct(
     """The starts that found something of their own, the largest share of the evidence first.
 
     From the best ELBO downwards a start is kept where the ones kept before leave out at least `min_share` of the
-    evidence at its place. Near a better one it takes more (5%), or the tails of one mode would count as modes.
+    evidence at its place. Near a better one it takes more (10%), or the tails of one mode would count as modes.
 
     Args:
         starts: where the starts ended, such as ``Gaussian.starts``, with the polished Gaussian in front.
@@ -232,6 +232,7 @@ def fit_mixture(
     fit_one: Callable[[Mode], Flow],
     generator: torch.Generator,
     *,
+    groups: Sequence[Sequence[int]] = (),
     num: int = 2 * NUM_DRAWS,
     min_weight: float = MIN_SHARE,
 ) -> MixtureFit:
@@ -242,6 +243,8 @@ def fit_mixture(
         modes: as `distinct` found them; the largest first.
         fit_one: fits a flow that starts at a mode's Gaussian. What it raises is raised.
         generator: where the randomness comes from.
+        groups: modes that hang together, as `flowvi.fit.paths.connected` finds them. One flow is meant to cover such a
+            group: another one is only fitted where it leaves out a tenth of the evidence.
         num: draws behind the weights.
         min_weight: below which a component is dropped.
 
@@ -251,8 +254,10 @@ def fit_mixture(
     flows: list[Flow] = []
     fitted: list[Mode] = []
     skipped: list[Mode] = []
-    for mode in modes:
-        if flows and _left_out(density, flows, mode, generator, num // 2) < _threshold(fitted, mode):
+    for i, mode in enumerate(modes):
+        together = [modes[j] for group in groups if i in group for j in group if j < i]
+        least = NEAR_SHARE if any(other is m for other in together for m in fitted) else _threshold(fitted, mode)
+        if flows and _left_out(density, flows, mode, generator, num // 2) < least:
             skipped.append(mode)
             continue
         with torch.enable_grad():
@@ -345,6 +350,8 @@ def _left_out(density: LogDensity, flows: Sequence[Flow], mode: Mode, generator:
 
 def _threshold(fitted: Sequence[Mode], mode: Mode) -> float:
     """The share that a mode must add: more where a fitted one is near."""
+    if not fitted:
+        return MIN_SHARE
     gaussians = _Gaussians([*fitted, mode])
     radius = NEAR + NEAR_PER_ROOT_DIM * gaussians.dim**0.5
     near = min(gaussians.distance(i, len(fitted)) for i in range(len(fitted))) <= radius

@@ -14,7 +14,6 @@ from flowvi.flow import Flow
 from flowvi.kernels import dispatch
 from flowvi.objectives import BALANCE, BALANCE_FALL, ELBO, BalancedELBO, Target
 
-
 _LOG_2PI = math.log(2 * math.pi)
 _PATH = 1  # flowvi.kernels.compiled.training.PATH, without importing numba
 
@@ -75,35 +74,38 @@ class FusedStep:
 
     def __init__(self, flow: Flow, layers: list[Any], target: Target, objective: ELBO) -> None:
         self.layers, self.target, self.objective = layers, target, objective
-        like = {"dtype": flow.dtype, "device": flow.device}
+        like: dict[str, Any] = {"dtype": flow.dtype, "device": flow.device}
         size, dim = objective.num_particles, flow.dim
         self._eps, self._g_z = torch.empty(size, dim, **like), torch.empty(size, dim, **like)
         self._log_q, self._g_log_q = torch.empty(size, **like), torch.empty(size, **like)
-        self._seen = np.zeros(2)
         self._cotangents: Any = None
         module = dispatch.compiled("training", self._eps)
         own = type(objective).cotangents
         if module is not None and own in (ELBO.cotangents, BalancedELBO.cotangents):
             plain = module.PATH if objective.path else module.STANDARD
             self._kind = module.BALANCED if own is BalancedELBO.cotangents else plain
-            dtype = self._eps.numpy().dtype.type
+            # Views of the memory above, made once: a torch operation costs more to call than most of this computes.
+            self._eps_log_q = self._eps.numpy(), self._log_q.numpy()
+            self._out = self._g_z.numpy(), self._g_log_q.numpy(), np.zeros(2)
+            dtype = self._out[0].dtype.type
             self._base, self._cotangents = module.make_base(dtype), module.make_cotangents(dtype)
 
-    @torch.no_grad()
     def __call__(self, beta: float, generator: torch.Generator) -> tuple[Tensor | float, Tensor | float]:
         """See `Step`."""
         eps, log_q = self._eps, self._log_q
-        torch.randn(eps.shape, generator=generator, out=eps)
+        eps.normal_(generator=generator)
         if self._cotangents is None:
             torch.sum(eps * eps, 1, out=log_q).mul_(-0.5).sub_(0.5 * _LOG_2PI * eps.shape[1])
         else:
-            self._base(eps.numpy(), log_q.numpy())
+            self._base(*self._eps_log_q)
         z, score = eps, None
         for layer in self.layers:
             z, log_det, score = layer.forward(z, score)
             log_q.sub_(log_det)
         log_p, grad = self.target.value_and_grad(z)
-        g_z, g_log_q, num, elbo = self._pull(log_p.to(log_q.dtype), grad.to(z.dtype), score, beta)
+        if not log_p.dtype == grad.dtype == z.dtype:
+            log_p, grad = log_p.to(z.dtype), grad.to(z.dtype)
+        g_z, g_log_q, num, elbo = self._pull(log_p, grad, score, beta)
         g_log_det = None if g_log_q is None else g_log_q.neg_()
         for layer in reversed(self.layers):
             g_z = layer.backward(g_z, g_log_det)
@@ -116,23 +118,19 @@ class FusedStep:
         log_q = self._log_q
         if self._cotangents is None:
             g_z, g_log_q, valid = self.objective.cotangents(log_q, log_p, grad, score, beta)
-            num = valid.sum()
-            return g_z, g_log_q, num, torch.where(valid, log_p - log_q, 0.0).sum() / num
-        grad = grad.contiguous()
+            finite = valid.sum()
+            return g_z, g_log_q, finite, torch.where(valid, log_p - log_q, 0.0).sum() / finite
+        pull = grad.contiguous().numpy()
         self._cotangents(
-            log_q.numpy(),
+            self._eps_log_q[1],
             log_p.contiguous().numpy(),
-            grad.numpy(),
-            (grad if score is None else score).contiguous().numpy(),
+            pull,
+            pull if score is None else score.contiguous().numpy(),
             beta,
             self._kind,
             BALANCE,
             BALANCE_FALL,
-            self._g_z.numpy(),
-            self._g_log_q.numpy(),
-            self._seen,
+            *self._out,
         )
-        g_log_q = None if self._kind == _PATH else self._g_log_q
-        return self._g_z, g_log_q, float(self._seen[0]), float(self._seen[1])
-
-
+        num, elbo = self._out[2].tolist()
+        return self._g_z, None if self._kind == _PATH else self._g_log_q, num, elbo

@@ -25,11 +25,12 @@ from flowvi.errors import NonFiniteError
 from flowvi.objectives import Target
 
 CANDIDATES = 64
-CLASSIC = 0.375
-"""The share of the starts that set out from the best of 64 draws; the others are scouted."""
+MAX_SCOUTED = 0.75
+"""The share of the starts that scouts may choose; the others set out from the best of 64 draws each."""
 
-NUM_SCOUTS, SCOUT_SDS, SCOUT_CANDIDATES = 64, (1.0, 3.0, 5.0, 8.0), 4
-SCOUT_STEPS, SCOUT_PARTICLES, SCOUT_LAG = 60, 4, 10.0
+NUM_SCOUTS, SCOUT_SDS = 64, (1.0, 3.0, 5.0, 8.0)
+MIN_STARTS, RACE = 4, 2 / 3
+SCOUT_STEPS, SCOUT_PARTICLES, SCOUT_LAG, SCOUT_APART = 60, 4, 10.0, 4.0
 RHO, RHO_END = 0.3, 0.03
 CLIP_LOC, CLIP_SCALE = 0.5, 0.3
 
@@ -82,27 +83,33 @@ def whiten(
 ) -> Gaussian:
     """Fit a Gaussian from several starts; polish the best one.
 
+    Scouts, 64 short runs of diagonal Gaussians from N(0, s^2) with s up to 8, tell where there is something. Those
+    that ended at different places are starts, up to three quarters of R; the others are the best of 64 draws from
+    U(-2, 2) each. Where all scouts agree, four starts are enough.
+
     Args:
         target: log p and its gradient.
         dim: D.
         full: a full L (D^2 numbers for each start), or a diagonal one.
         generator: where the randomness comes from, on the target's device.
         dtype: of the computation.
-        num_starts: R; each start is the best of 64 draws from U(-2, 2).
-        num_steps: iterations of the starts, and again of the polish.
+        num_starts: R, at most; 64 short runs scout for places to start from (one start has no scouts).
+        num_steps: iterations of the polish; the starts take two thirds as many.
         num_particles: S of each start, half of them mirrored; the polish has twice as many.
         progress: whether a bar is shown; None shows it in a terminal or notebook.
 
     Raises:
         NonFiniteError: log p is not finite anywhere near the origin.
     """
-    bar = tqdm(total=SCOUT_STEPS + 2 * num_steps, desc="whiten", disable=None if progress is None else not progress)
+    num_race = max(1, round(RACE * num_steps))
+    bar = tqdm(
+        total=SCOUT_STEPS + num_race + num_steps, desc="whiten", disable=None if progress is None else not progress
+    )
     with bar:
-        loc = _starts(target, dim, num_starts, generator, dtype, bar)
-        eye = torch.ones(dim) if not full else torch.eye(dim)
-        tril = 0.1 * eye.to(loc).expand(num_starts, *eye.shape).clone()
-        loc, tril, elbos = _ascend(target, loc, tril, num_steps, num_particles, generator, bar)
-        starts = tuple(Start(*parts, elbo) for *parts, elbo in zip(loc, tril, elbos.tolist(), strict=True))
+        loc, scale = _starts(target, dim, num_starts, generator, dtype, bar)
+        tril = torch.diag_embed(scale) if full else scale
+        loc, tril, elbos = _ascend(target, loc, tril, num_race, num_particles, generator, bar)
+        starts = tuple(Start(m, root, elbo) for m, root, elbo in zip(loc, tril, elbos.tolist(), strict=True))
         best = int(torch.nan_to_num(elbos, nan=-torch.inf).argmax())
         agree = _agree(loc, tril, elbos, best)
         loc, tril, elbos = _ascend(
@@ -113,10 +120,10 @@ def whiten(
 
 def _starts(
     target: Target, dim: int, num: int, generator: torch.Generator, dtype: torch.dtype, bar: tqdm
-) -> Tensor:
-    """Where the race begins (R, D): some at good draws from U(-2, 2), the others where scouts found something else."""
-    where = {"generator": generator, "dtype": dtype, "device": generator.device}
-    near = 4 * torch.rand(num * CANDIDATES, dim, **where) - 2
+) -> tuple[Tensor, Tensor]:
+    """Where the race begins, loc and scale (R, D): where scouts found something, and at good draws from U(-2, 2)."""
+    where = generator.device
+    near = 4 * torch.rand(num * CANDIDATES, dim, generator=generator, dtype=dtype, device=where) - 2
     log_p = _finite_log_p(target, near)
     if not bool(log_p.isfinite().any()):
         raise NonFiniteError(
@@ -125,20 +132,21 @@ def _starts(
         )
     log_p = log_p.view(num, CANDIDATES)
     near = near.view(num, CANDIDATES, dim)[torch.arange(num), log_p.argmax(-1)]
-    num_scouted = num - max(1, round(CLASSIC * num))
-    if num_scouted == 0:
-        return near
-    # Scouts are many, cheap, and set out from far apart; the best of a few draws each, so that few are wasted.
-    sds = torch.tensor(SCOUT_SDS, dtype=dtype, device=generator.device).repeat_interleave(NUM_SCOUTS // len(SCOUT_SDS))
-    wide = sds.view(-1, 1, 1) * torch.randn(len(sds), SCOUT_CANDIDATES, dim, **where)
-    log_p = _finite_log_p(target, wide.view(-1, dim)).view(wide.shape[:2])
-    scouts = wide[torch.arange(len(sds)), log_p.argmax(-1)][log_p.isfinite().any(-1)]
+    small = torch.full_like(near, 0.1)
+    if num == 1:
+        return near, small
+    # Scouts are many, cheap, and set out from far apart.
+    sds = torch.tensor(SCOUT_SDS, dtype=dtype, device=where).repeat_interleave(NUM_SCOUTS // len(SCOUT_SDS))
+    wide = sds.unsqueeze(-1) * torch.randn(len(sds), dim, generator=generator, dtype=dtype, device=where)
+    scouts = wide[_finite_log_p(target, wide).isfinite()]
     if len(scouts) == 0:
-        return near
-    scale = torch.full_like(scouts, 0.1)
-    loc, scale, elbo = _ascend(target, scouts, scale, SCOUT_STEPS, SCOUT_PARTICLES, generator, bar)
-    chosen = _spread(loc, scale, elbo, num_scouted)
-    return torch.cat([loc[chosen], near])[:num]
+        return near, small
+    tril = torch.full_like(scouts, 0.1)
+    loc, scale, elbo = _ascend(target, scouts, tril, SCOUT_STEPS, SCOUT_PARTICLES, generator, bar)
+    chosen = _spread(loc, scale, elbo, int(MAX_SCOUTED * num))
+    # Where they all came to one place, a few starts will do: the scouts were starts too.
+    num = min(num, max(MIN_STARTS, len(chosen) + 2))
+    return torch.cat([loc[chosen], near])[:num], torch.cat([scale[chosen], small])[:num]
 
 
 def _finite_log_p(target: Target, z: Tensor) -> Tensor:
@@ -148,13 +156,13 @@ def _finite_log_p(target: Target, z: Tensor) -> Tensor:
 
 
 def _spread(loc: Tensor, scale: Tensor, elbo: Tensor, num: int) -> list[int]:
-    """`num` scouts far from each other: the best one, then always the one that is farthest from those taken."""
-    elbo = torch.nan_to_num(elbo, nan=-torch.inf)
-    fine = elbo > elbo.max() - SCOUT_LAG * (1 + loc.shape[1] ** 0.5)
+    """Up to `num` scouts at different places: the best one, then always the farthest from those taken."""
+    elbo = torch.where(elbo.isfinite(), elbo, -torch.inf)
+    fine = elbo >= elbo.max() - SCOUT_LAG * (1 + loc.shape[1] ** 0.5)
     at = loc / scale[fine].median(0).values
     chosen = [int(elbo.argmax())]
     away = torch.where(fine, torch.linalg.vector_norm(at - at[chosen[0]], dim=-1), -1.0)
-    while len(chosen) < min(num, int(fine.sum())):
+    while len(chosen) < num and float(away.max()) > SCOUT_APART + loc.shape[1] ** 0.5:
         chosen.append(int(away.argmax()))
         away = torch.minimum(away, torch.linalg.vector_norm(at - at[chosen[-1]], dim=-1))
     return chosen

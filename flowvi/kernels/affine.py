@@ -10,7 +10,7 @@ from torch import Tensor
 from flowvi.kernels import dispatch
 
 MAX_COMPILED_DIM = 12
-"""Largest D at which plain loops beat the matrix products of torch."""
+"""Largest D at which plain loops beat the matrix products of torch, for a full matrix."""
 
 
 class AffineStep:
@@ -42,7 +42,7 @@ class AffineStep:
         )
         self._log_det = torch.empty(num_particles, dtype=loc.dtype, device=loc.device)
         self._kernels: Any = None
-        if kind != "low_rank" and len(loc) <= MAX_COMPILED_DIM:
+        if kind == "diag" or (kind == "full" and len(loc) <= MAX_COMPILED_DIM):
             module = dispatch.compiled("training", *self.params, *self.grads)
             if module is not None:
                 arrays = [p.numpy() for p in self.params]

@@ -80,7 +80,9 @@ def compile_flat(
     except Exception as error:  # a missing compiler, an operation that Inductor can't lower: eager is right as well
         words = str(error).strip().split("\n")[0][:200]
         seconds = time.perf_counter() - start
-        return None, CompileReport(False, f"it can't be compiled here ({type(error).__name__}: {words})", before, None, seconds)
+        return None, CompileReport(
+            False, f"it can't be compiled here ({type(error).__name__}: {words})", before, None, seconds
+        )
     if not all(agree(a, b) for a, b in zip(found, expected, strict=True)):
         seconds = time.perf_counter() - start
         return None, CompileReport(False, "the compiled graph gives other values", before, None, seconds)

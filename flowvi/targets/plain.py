@@ -107,7 +107,7 @@ class PlainDensity(LogDensity):
         z = (torch.rand(num_particles, self.dim, generator=generator, dtype=self.dtype) * 2 - 1).to(self.device)
 
         def value_and_grad(z: Tensor) -> tuple[Tensor, ...]:
-            grad, value = torch.func.grad_and_value(lambda v: self._function(v).sum())(z)
+            grad = torch.func.grad(lambda v: self._function(v).sum())(z)
             return self._function(z), grad
 
         def both(z: Tensor) -> dict[str, Tensor]:

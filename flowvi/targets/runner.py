@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from flowvi.targets.isolation import HeldParameters, all_data, dtype_and_device,
 from flowvi.targets.sites import Reader, without_validation
 
 __all__ = ["Run", "Runner"]
+
+_ONE_AT_A_TIME = RLock()  # Pyro's handlers, the default dtype and the random state belong to the whole process
 
 
 class Run:
@@ -112,7 +115,7 @@ class Runner:
             validation: leaves the argument checks as the user has them; else they are off, so that one bad
                 particle doesn't raise.
         """
-        with ExitStack() as stack:
+        with _ONE_AT_A_TIME, ExitStack() as stack:
             if not validation:
                 stack.enter_context(no_validation())
             stack.enter_context(private_rng(self.device, seed))

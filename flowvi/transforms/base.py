@@ -36,6 +36,7 @@ class InvertibleMap(TorchTransform):
 
     input_dim: int
     _pair: Any = None  # (x, weak y, log|det|, version): what the cache remembers
+    _once = False  # whether it is good for one question only
 
     # The mathematics, one family each.
 
@@ -115,6 +116,7 @@ class InvertibleMap(TorchTransform):
                 me._pair = None
 
         self._pair = (x, weakref.ref(y, forget), log_det, self._version())
+        self._once = False
 
     def _recall(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         pair = self.__dict__.get("_pair")
@@ -143,25 +145,33 @@ class InvertibleMap(TorchTransform):
 
     def _inv_call(self, y: Tensor) -> Tensor:
         x_old, y_old, _ = self._recall()
-        if y is y_old and x_old is not None:
+        if y is y_old and x_old is not None and not self._once:
             return x_old
-        if type(self).inverse_and_log_det is not InvertibleMap.inverse_and_log_det:
-            return self.invert(y)[0]  # the log-determinant costs nothing more, and may be asked for next
         self._check(y, "y")
-        x = self.inverse(y)
-        self._remember(x, y, None)
+        log_det = None
+        if type(self).inverse_and_log_det is InvertibleMap.inverse_and_log_det:
+            x = self.inverse(y)
+        else:  # the log-determinant costs nothing more, and may be asked for next
+            x, log_det = self.inverse_and_log_det(y)
+            log_det = -log_det
+        if x is y:  # so that x and y stay two ends of a pair
+            x = y.view_as(y)
+        self._remember(x, y, log_det)
+        # The graph of x is its caller's to go backward through, and holds y: it serves the question that follows, once.
+        self._once = x.requires_grad
         return x
 
     def invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """`inverse_and_log_det` with the checks and the cache: x and log|det dx/dy| of y (..., D)."""
         x_old, y_old, _ = self._recall()
-        if y is y_old and x_old is not None:
+        if y is y_old and x_old is not None and not self._once:
             return x_old, -self.log_abs_det_jacobian(x_old, y)
         self._check(y, "y")
         x, log_det = self.inverse_and_log_det(y)
         if x is y:  # so that x and y stay two ends of a pair
             x = y.view_as(y)
-        self._remember(x, y, -log_det)
+        if not x.requires_grad:
+            self._remember(x, y, -log_det)
         return x, log_det
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -171,11 +181,13 @@ class InvertibleMap(TorchTransform):
         """log|det dy/dx| at x, of shape x.shape[:-1]; right for any pair (x, y = f(x))."""
         x_old, y_old, log_det = self._recall()
         known = x is x_old and y is y_old
+        if known and self._once:
+            self._pair = None
         if known and log_det is not None:
             return log_det
         self._check(x, "x")
         log_det = self.forward_and_log_det(x)[1]
-        if known:
+        if known and not self._once:
             self._remember(x, y, log_det)
         return log_det
 

@@ -14,9 +14,9 @@ e = d_k (1 - r) - d_{k+1} r and R = sqrt(e^2 + 4 s^2 r (1 - r)) + |e|,
     xi = 2 s r / (2 s r + R) where e >= 0,     1 - xi = 2 s (1 - r) / (2 s (1 - r) + R) elsewhere.
 
 Parameters, 3 K - 1 for each coordinate, all of them first multiplied by `DAMPING`: K and K numbers whose softmax gives
-the bins' shares of 2 B in x and in y, each at least `MIN_SHARE`, and K - 1 numbers a that give the inner slopes, the
-squareplus (a + sqrt(a^2 + 4)) / 2 above `MIN_SLOPE`. At zero all bins are equal and all slopes 1: the identity. The
-outer slopes are 1, so that y and dy/dx are continuous.
+the bins' shares of 2 B in x and in y, each at least `MIN_SHARE` / K; and K - 1 numbers a that give the inner slopes,
+the squareplus (a + sqrt(a^2 + 4)) / 2 above `MIN_SLOPE`. At zero all bins are equal and all slopes 1: the identity.
+The outer slopes are 1, so that y and dy/dx are continuous.
 
 The derivatives are written by hand: the forward pass keeps the Jacobian of (y, log dy/dx) in x and the bin's four
 numbers w, h, d_k, d_{k+1}. All gradients, the inverse's too, and the path score follow from it in a few operations.
@@ -43,10 +43,10 @@ from flowvi.transforms.networked import ConditionalNetworkTransform
 
 NUM_BINS, BOUND = 16, 5.0
 
-MIN_SHARE = 1e-3
-"""The least share of a bin in the box, in x and in y."""
+MIN_SHARE = 0.25
+"""The least width and height of a bin, in parts of 2 B / K. Narrow bins and flat slopes make spikes of the gradient."""
 
-MIN_SLOPE = 1e-3
+MIN_SLOPE = 0.05
 """The least slope at a knot."""
 
 DAMPING = 0.5
@@ -95,9 +95,8 @@ class RationalQuadratic(Elementwise):
     """
 
     def __init__(self, num_bins: int = NUM_BINS, bound: float = BOUND) -> None:
-        most = round(0.5 / MIN_SHARE)
-        if not isinstance(num_bins, int) or isinstance(num_bins, bool) or not 2 <= num_bins <= most:
-            raise OptionError(f"num_bins must be an integer from 2 to {most}, not {num_bins!r}.")
+        if not isinstance(num_bins, int) or isinstance(num_bins, bool) or num_bins < 2:
+            raise OptionError(f"num_bins must be an integer of at least 2, not {num_bins!r}.")
         if not 0 < bound < math.inf:
             raise OptionError(f"bound must be a positive number, not {bound!r}.")
         self.num_bins, self.bound = num_bins, float(bound)
@@ -160,7 +159,7 @@ def _evaluate(
     rising = (raw + root) * (0.5 - 0.5 * MIN_SLOPE)  # the squareplus
     knots = F.pad(rising + MIN_SLOPE, (*ends, 1, 1), value=1.0)
     shares = torch.softmax(rows[: 2 * num_bins].unflatten(0, (2, num_bins)), 1)
-    size = shares * (box * (1 - num_bins * MIN_SHARE)) + box * MIN_SHARE
+    size = shares * (box * (1 - MIN_SHARE)) + box * MIN_SHARE / num_bins
     left = size.cumsum(1) - size - bound
     within = x.clamp(-bound, bound)
     past = within >= left[1 if inverse else 0, 1:]
@@ -242,9 +241,7 @@ def _to_params(tape: Tape, to_y: Tensor | None, five: Tensor, bound: float) -> T
     # x_k is the sum of the sizes before bin k: they get its gradient, and bin k that of its own size.
     lefts = torch.stack((-by_x, torch.zeros_like(by_x) if to_y is None else to_y * tape.inside)).unsqueeze(1)
     weighted = torch.addcmul(lefts * tape.before, five[1:3].unsqueeze(1), here) * shares
-    to_shares = (weighted - shares * weighted.sum(1, keepdim=True)) * (
-        2 * bound * DAMPING * (1 - shares.shape[1] * MIN_SHARE)
-    )
+    to_shares = (weighted - shares * weighted.sum(1, keepdim=True)) * (2 * bound * DAMPING * (1 - MIN_SHARE))
     to_slopes = torch.addcmul(by_d0 * here[1:], by_d1, here[:-1]) * tape.slope_by_raw
     return torch.cat((to_shares.flatten(0, 1), to_slopes)).movedim(0, -1)
 

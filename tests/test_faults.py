@@ -1,0 +1,255 @@
+"""The fault table: every row ends in a right answer, a typed error, or a verdict that says not to trust it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import threading
+import traceback
+import warnings
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import flowvi
+from flowvi import errors
+
+fit_module = importlib.import_module("flowvi.fit.fit")  # the name in the package is the function
+
+SMALL = {"num_flows": 2, "num_steps": 60, "num_particles": 64, "seed": 0, "progress": False}
+
+
+def normal(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    scale = pyro.sample("scale", dist.HalfNormal(2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, scale), obs=x)
+
+
+def conjugate(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def data(bad=None):
+    x = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    if bad is not None:
+        x[3] = bad
+    return x
+
+
+def exact(x):
+    """Mean and sd of mu in `conjugate`."""
+    x = x.double()
+    precision = len(x) + 1 / 9
+    return float(x.sum()) / precision, precision**-0.5
+
+
+def assert_right(posterior, mean, sd):
+    draws = posterior.sample(20_000, seed=0)["mu"].double()
+    assert abs(float(draws.mean()) - mean) < 0.1 * sd
+    assert abs(float(draws.std()) / sd - 1) < 0.1
+
+
+def gaussian(z):
+    return -0.5 * z.square().sum(-1)
+
+
+def where(condition, value):
+    """A Gaussian whose log density is `value` somewhere."""
+    return lambda z: torch.where(condition(z), value, gaussian(z))
+
+
+def not_trusted(fit):
+    """The verdict is bad, and said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", errors.NumericalWarning)
+        with pytest.warns(errors.UntrustedWarning):
+            posterior = fit()
+    assert not posterior.diagnose().trusted
+
+
+# Bad data.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_data_that_are_not_finite_are_a_typed_error(value):
+    with pytest.raises(errors.NonFiniteError, match=r"index \(3,\)"):
+        flowvi.fit(normal, (data(value),), **SMALL)
+
+
+def test_zero_variance_data_are_not_trusted():
+    # the posterior is a spike of infinite density at scale = 0
+    not_trusted(partial(flowvi.fit, normal, (torch.full((30,), 2.0),), **SMALL))
+
+
+def test_no_data_are_a_typed_error():
+    with pytest.raises(errors.TargetError):
+        flowvi.fit(normal, (torch.zeros(0),), **SMALL)
+
+
+def test_float16_data_are_computed_with_in_a_wider_dtype():
+    posterior = flowvi.fit(conjugate, (data().half(),), verify=False, **SMALL)
+    assert posterior.config["dtype"] == "float32"
+    assert_right(posterior, *exact(data().half()))
+
+
+def test_float16_as_the_dtype_is_a_typed_error():
+    with pytest.raises(errors.OptionError, match=r"float32 or torch\.float64"):
+        flowvi.fit(conjugate, (data(),), dtype=torch.float16, **SMALL)
+
+
+# Bad densities.
+
+ROWS = {
+    "log p is NaN at some z": where(lambda z: z[:, 0] > 0.5, math.nan),
+    "log p is +inf at some z": where(lambda z: z[:, 0] > 0.8, math.inf),
+    "log p is -inf on a half": where(lambda z: z[:, 0] > 0.2, -math.inf),
+    "log p goes to +inf at a point": lambda z: gaussian(z) - 3 * z.square().sum(-1).log(),
+    "the gradient is NaN on a half": lambda z: gaussian(z) - torch.where(z[:, 0] > 0, z[:, 0].sqrt(), 3.0),
+    "no normalizer: flat": lambda z: 0 * z.sum(-1),
+    "no normalizer: growing": lambda z: z.square().sum(-1),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_density_that_is_not_one_is_not_trusted(row):
+    not_trusted(partial(flowvi.fit, ROWS[row], dim=2, **SMALL))
+
+
+def test_u2_without_its_wall_is_not_trusted():
+    not_trusted(partial(flowvi.fit, flowvi.energies.U2(wall=False), **SMALL))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda z: gaussian(z) + math.inf,
+        lambda z: gaussian(z) + math.nan,
+        lambda z: gaussian(z) - (z[:, 0] - z[:, 0]).sqrt(),
+    ],
+    ids=["+inf", "nan", "nan gradient"],
+)
+def test_a_density_that_is_finite_nowhere_is_a_typed_error(target):
+    with pytest.raises(errors.NonFiniteError):
+        flowvi.fit(target, dim=2, **SMALL)
+
+
+@pytest.mark.parametrize(("flow", "lr"), [("planar", 1e6), ("real_nvp", 50.0)])
+def test_a_flow_that_explodes_is_not_trusted(flow, lr):
+    not_trusted(partial(flowvi.fit, gaussian, dim=2, flow=flow, **SMALL | {"lr": lr}))
+
+
+# Large.
+
+
+def test_512_layers():
+    posterior = flowvi.fit(conjugate, (data(),), verify=False, **SMALL | {"num_flows": 512, "num_steps": 20})
+    assert_right(posterior, *exact(data()))
+
+
+@pytest.mark.slow
+def test_10_000_dimensions():
+    posterior = flowvi.fit(lambda z: gaussian(z - 1), dim=10_000, verify=False, **SMALL)
+    draws = posterior.sample(1000, seed=0)["z"]
+    assert float((draws.mean(0) - 1).abs().mean()) < 0.1
+    assert float((draws.std(0) - 1).abs().mean()) < 0.1
+
+
+# Ctrl-C.
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("phase", ["as_density", "whiten_"])
+def test_ctrl_c_before_the_first_step_is_a_keyboard_interrupt(phase, monkeypatch):
+    # there is nothing to return yet
+    monkeypatch.setattr(fit_module, phase, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        flowvi.fit(conjugate, (data(),), **SMALL)
+
+
+def test_ctrl_c_in_the_steps_returns_what_there_is():
+    calls = []
+
+    def target(z):
+        calls.append(None)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return gaussian(z)
+
+    with pytest.warns(errors.InterruptedWarning):
+        posterior = flowvi.fit(target, dim=2, whiten=False, verify=False, **SMALL)
+    assert posterior.config["stopped"] == "interrupted"
+    assert 20 < len(posterior.history.elbo) < 30
+    assert posterior.sample(10)["z"].isfinite().all()
+
+
+def test_ctrl_c_in_a_later_restart_keeps_the_earlier_ones(monkeypatch):
+    whiten, calls = fit_module.whiten_, []
+
+    def second(*args, **kwargs):
+        calls.append(None)
+        return whiten(*args, **kwargs) if len(calls) == 1 else interrupt()
+
+    monkeypatch.setattr(fit_module, "whiten_", second)
+    with pytest.warns(errors.InterruptedWarning):
+        posterior = flowvi.fit(conjugate, (data(),), restarts=2, verify=False, **SMALL)
+    assert_right(posterior, *exact(data()))
+
+
+def test_ctrl_c_in_the_verification_keeps_the_fit(monkeypatch):
+    monkeypatch.setattr(flowvi.Posterior, "diagnose", interrupt)
+    with pytest.warns(errors.InterruptedWarning, match="before the fit was verified"):
+        posterior = flowvi.fit(conjugate, (data(),), **SMALL)
+    assert_right(posterior, *exact(data()))
+
+
+# Threads and processes.
+
+
+def test_two_fits_in_two_threads():
+    shifts = [0.0, 5.0]
+    alone = [flowvi.fit(conjugate, (data() + s,), verify=False, **SMALL) for s in shifts]
+    for _ in range(3):
+        found, failed = {}, []
+
+        def work(i, shift, found=found, failed=failed):
+            try:
+                found[i] = flowvi.fit(conjugate, (data() + shift,), verify=False, **SMALL)
+            except Exception:
+                failed.append(traceback.format_exc())
+
+        threads = [threading.Thread(target=work, args=pair) for pair in enumerate(shifts)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed, failed[0]
+        for i, shift in enumerate(shifts):
+            assert_right(found[i], *exact(data() + shift))
+            pairs = zip(found[i].flow.parameters(), alone[i].flow.parameters(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_after_a_fit():
+    fit = partial(flowvi.fit, conjugate, (data(),), verify=False, **SMALL)
+    expected = fit()
+    child = os.fork()
+    if not child:
+        try:
+            found = fit()
+            pairs = zip(found.flow.parameters(), expected.flow.parameters(), strict=True)
+            same = all(torch.equal(a, b) for a, b in pairs)
+        except BaseException:
+            same = False
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
