@@ -184,6 +184,9 @@ class DensityFit:
             x: (N, D), N at least 2.
             context: (N, C), for a conditional density.
 
+        Returns:
+            `mean` and `se`, numbers.
+
         Raises:
             DimensionError, OptionError: as for `log_prob`.
         """

@@ -50,7 +50,14 @@ class FlowSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FlowSpec:
-        """The spec that `to_dict` wrote."""
+        """The spec that `to_dict` wrote.
+
+        Args:
+            data: what `to_dict` gave.
+
+        Returns:
+            An equal spec.
+        """
         return cls(**data)
 
 
@@ -61,6 +68,8 @@ class Flow(TransformedDistribution):
         base: a reparameterized distribution over R^D (event shape (D,), or batch shape (D,) of scalars), or D
             itself for the standard normal.
         transforms: the maps, from the base outwards; each acts on R^D.
+        validate_args: as for torch's distributions.
+        spec: how the flow was built, so that it can be saved; `from_spec` gives it.
 
     Raises:
         DimensionError: base and transforms don't agree on D.
@@ -107,6 +116,9 @@ class Flow(TransformedDistribution):
             dtype: of the parameters; torch's default if None.
             device: of the parameters.
             factory: builds a layer in place of the registered ``spec.name``.
+
+        Returns:
+            The flow, over R^D.
 
         Raises:
             UnknownFlowError: ``spec.name`` is not registered.
@@ -162,11 +174,14 @@ class Flow(TransformedDistribution):
     def rsample_and_log_prob(
         self, num_samples: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Z (S, D) and log q(z) (S,) in one pass, both with their graph.
+        """Draws and their log density in one pass.
 
         Args:
             num_samples: S.
             generator: where the randomness comes from; torch's global generator if None.
+
+        Returns:
+            z (S, D) and log q(z) (S,), both with their graph.
         """
         x = self._base_rsample(torch.Size([num_samples]), generator)
         log_q = self.base_dist.log_prob(x)
@@ -178,7 +193,7 @@ class Flow(TransformedDistribution):
     def rsample_with_score(
         self, num_samples: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Z (S, D), log q(z) (S,), both with their graph, and d log q(z)/dz (S, D) without one, in one pass.
+        """Draws, their log density and its score in one pass.
 
         The score is carried forward through the layers; no inverse is computed (Vaitl et al. 2024,
         arXiv:2207.08219).
@@ -186,6 +201,9 @@ class Flow(TransformedDistribution):
         Args:
             num_samples: S.
             generator: where the randomness comes from; torch's global generator if None.
+
+        Returns:
+            z (S, D), log q(z) (S,), both with their graph, and d log q(z)/dz (S, D) without one.
 
         Raises:
             OptionError: a transform has no path score; `has_path_score` tells beforehand.
@@ -218,9 +236,15 @@ class Flow(TransformedDistribution):
                 )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log q(value), exact for any value of shape (..., D), by the inverses and their log-determinants.
+        """Log q(value), exact for any value, by the inverses and their log-determinants.
 
         A value that was just sampled is not inverted: its transforms remember where it came from.
+
+        Args:
+            value: (..., D).
+
+        Returns:
+            (...).
 
         Raises:
             DimensionError: the last dimension is not D.
@@ -248,10 +272,16 @@ class Flow(TransformedDistribution):
             ) from e
 
     def score(self, value: Tensor) -> Tensor:
-        """D log q(value)/d value (..., D), without a graph.
+        """D log q(value)/d value.
 
         By the forward recurrence from the base point that gave `value` (remembered, if it was just sampled),
         or by autograd where a transform has no path score.
+
+        Args:
+            value: (..., D).
+
+        Returns:
+            (..., D), without a graph.
 
         Raises:
             OptionError: a transform has neither a path score nor an inverse.
@@ -271,7 +301,14 @@ class Flow(TransformedDistribution):
         return score
 
     def expand(self, batch_shape: torch.Size | Sequence[int], _instance: Any = None) -> Flow:
-        """The same flow with another batch shape, sharing its transforms."""
+        """The same flow with another batch shape, sharing its transforms.
+
+        Args:
+            batch_shape: the new one.
+
+        Returns:
+            Another flow.
+        """
         shape = torch.Size(batch_shape)
         return Flow(self.base_dist.expand(shape), self.transforms, validate_args=False, spec=self.spec)
 
@@ -286,7 +323,11 @@ class Flow(TransformedDistribution):
         return self.module.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the parameters that `state_dict` gave."""
+        """Take the parameters that `state_dict` gave.
+
+        Args:
+            state: name -> value, every name that `state_dict` has.
+        """
         self.module.load_state_dict(dict(state))
 
     def __repr__(self) -> str:

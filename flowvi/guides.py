@@ -100,6 +100,9 @@ class AutoFlow(AutoContinuous):
         Args:
             density: a `flowvi.targets.LogDensity`, for its Pyro model and arguments.
             flow: the fitted q over its unconstrained space.
+
+        Returns:
+            The guide, set up; for a mixture one that draws from all of its components.
         """
         if isinstance(flow, MixtureFlow):
             from flowvi.mixture_guide import AutoMixture

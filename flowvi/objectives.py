@@ -56,7 +56,15 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class LinearAnneal:
-    """beta_t = min(1, start + t / num_steps), the paper's schedule (eq. 20: start 0.01, num_steps 10000)."""
+    """beta_t = min(1, start + t / num_steps), the paper's schedule (eq. 20: start 0.01, num_steps 10000).
+
+    Args:
+        num_steps: steps from 0 to 1; beta is 1 from about then on.
+        start: beta at step 0, in (0, 1].
+
+    Raises:
+        OptionError: a value out of range.
+    """
 
     num_steps: int = 10_000
     start: float = 0.01
@@ -108,7 +116,14 @@ class ELBO(Trace_ELBO):
         return f"{type(self).__name__}(num_particles={self.num_particles}{schedule})"
 
     def beta(self, step: int) -> float:
-        """Beta at a step, counted from 0."""
+        """Beta at a step.
+
+        Args:
+            step: counted from 0.
+
+        Returns:
+            The schedule's value; 1 without one.
+        """
         return 1.0 if self.anneal is None else self.anneal(step)
 
     # For the engine.
@@ -125,6 +140,9 @@ class ELBO(Trace_ELBO):
             target: log p and its gradient.
             beta: the annealing, `beta(step)` for a step of the schedule.
             generator: where the randomness comes from.
+
+        Returns:
+            What the step saw: log q, log p and which particles were finite, (S,).
 
         Raises:
             OptionError: the path gradient is asked of a flow without a path score.
@@ -146,7 +164,7 @@ class ELBO(Trace_ELBO):
     def cotangents(
         self, log_q: Tensor, log_p: Tensor, grad: Tensor, score: Tensor | None, beta: float
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What -F_beta pulls on z (S, D) and on log q (S,) (None is zero), and which particles counted (S,).
+        """The cotangents of -F_beta, by which autograd finds the gradient of the flow's parameters.
 
         Args:
             log_q: log q(z), (S,).
@@ -154,6 +172,9 @@ class ELBO(Trace_ELBO):
             grad: d log p/dz, (S, D).
             score: d log q/dz, (S, D), for the path gradient; else None.
             beta: the annealing.
+
+        Returns:
+            What -F_beta pulls on z (S, D) and on log q (S,) (None is zero), and which particles counted (S,).
         """
         pull = -beta * grad if score is None else score - beta * grad
         valid = torch.isfinite(log_p) & torch.isfinite(log_q) & torch.isfinite(pull).all(-1)
@@ -170,7 +191,17 @@ class ELBO(Trace_ELBO):
         return super()._get_trace(model, guide, args, kwargs)
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Pyro's ``loss_and_grads``: -F_beta at this call's beta, and its gradient."""
+        """Pyro's ``loss_and_grads``: -F_beta at this call's beta, and its gradient.
+
+        Args:
+            model: the Pyro model.
+            guide: its guide.
+            *args: what both are called with.
+            **kwargs: likewise.
+
+        Returns:
+            The estimate of -F_beta; the gradient is added to the parameters' ``.grad``.
+        """
         self._beta_now = self.beta(self._step)
         try:
             loss = super().loss_and_grads(model, guide, *args, **kwargs)

@@ -313,6 +313,7 @@ class Posterior:
         *,
         num_samples: int = 4000,
         resample: bool = False,
+        predictive: bool | None = None,
         seed: int | None = None,
     ) -> Any:
         """The posterior for ArviZ; see `flowvi.inference_data.to_arviz`.
@@ -321,6 +322,7 @@ class Posterior:
             kind: "inference_data" (ArviZ 0.x), "datatree" (1.x), or None for what the installed ArviZ uses.
             num_samples: Draws, in one chain.
             resample: Draws corrected by importance resampling instead of draws of q.
+            predictive: Whether a data set is simulated at each draw; None does so where the model can be simulated.
             seed: As for `sample`.
 
         Returns:
@@ -328,7 +330,7 @@ class Posterior:
         """
         from flowvi.inference_data import to_arviz
 
-        return to_arviz(self, kind, num_samples=num_samples, resample=resample, seed=seed)
+        return to_arviz(self, kind, num_samples=num_samples, resample=resample, predictive=predictive, seed=seed)
 
     def save(self, path: str | Path) -> None:
         """Writes the posterior to a file that `flowvi.load(path, model)` reads.

@@ -282,6 +282,7 @@ class RefinedPosterior(Posterior):
         *,
         num_samples: int | None = None,
         resample: bool = False,
+        predictive: bool | None = None,
         seed: int | None = None,
     ) -> Any:
         """The chains for ArviZ, with their own dimensions; see `flowvi.inference_data.to_arviz`.
@@ -290,13 +291,14 @@ class RefinedPosterior(Posterior):
             kind: As for `Posterior.to_arviz`.
             num_samples: About how many draws, all chains together, evenly thinned; all that are kept if None.
             resample: No difference here.
-            seed: No difference here.
+            predictive: As for `Posterior.to_arviz`.
+            seed: Of the simulated data; no difference to the draws.
 
         Returns:
             An `arviz.InferenceData` or an `xarray.DataTree`.
         """
         num = self.chains.num_draws if num_samples is None else num_samples
-        return super().to_arviz(kind, num_samples=num, resample=False, seed=seed)
+        return super().to_arviz(kind, num_samples=num, resample=False, predictive=predictive, seed=seed)
 
     def _stored_chains(self) -> dict[str, Any]:
         parts = {f.name: getattr(self.chains, f.name) for f in fields(Chains)}

@@ -1,7 +1,8 @@
-"""Models by evidence, where the evidence is known."""
+"""Models by evidence and by LOO, where both are known."""
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pyro
@@ -27,6 +28,22 @@ def normal_mean(sd):
     return model
 
 
+def plated_mean(sd, site="y"):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), sd))
+        with pyro.plate("data", len(y)):
+            pyro.sample(site, dist.Normal(mu, 1.0), obs=y)
+
+    return model
+
+
+def exact_loo(sd, data=DATA):
+    """The log density of each datum given all the others (N,)."""
+    others = len(data) - 1 + 1 / sd**2
+    mean = (data.sum() - data) / others
+    return dist.Normal(mean, (1 + 1 / others) ** 0.5).log_prob(data)
+
+
 def exact(sd, data=DATA):
     """Mean and sd of mu given the data, and the log evidence."""
     n = len(data)
@@ -36,10 +53,10 @@ def exact(sd, data=DATA):
     return float(data.sum()) / precision, precision**-0.5, float(evidence)
 
 
-def posterior(sd, data=DATA, *, off=0.0, wide=1.1):
+def posterior(sd, data=DATA, *, off=0.0, wide=1.1, model=normal_mean):
     """A Gaussian q beside the exact posterior."""
     loc, scale, _ = exact(sd, data)
-    density = as_density(normal_mean(sd), args=(data,))
+    density = as_density(model(sd), args=(data,))
     flow = Flow.from_spec(FlowSpec("planar", 1, 0, "diag"), loc=loc + off, scale=wide * scale, dtype=F64)
     return Posterior(
         flow, density, config={}, timing={}, history=History(torch.arange(0), torch.zeros(0), torch.zeros(0)), seed=0
@@ -73,13 +90,78 @@ def test_what_cannot_be_trusted_is_told():
 
 
 def test_a_refined_posterior_brings_its_own_evidence():
-    poor = posterior(1.0, off=0.5, wide=0.5)
+    poor = posterior(1.0, off=0.5, wide=0.5, model=plated_mean)
     refined = poor.refine(num_chains=32, ess=500.0, seed=0)
     table = flowvi.compare({"refined": refined, "wide": posterior(30.0)})
     assert table["trusted"].all()
     row = table.loc["refined"]
     assert row["log_evidence"] == pytest.approx(exact(1.0)[2], abs=4 * row["se"])
     assert row["se"] < 0.05
+    assert row["elpd_loo"] == pytest.approx(float(exact_loo(1.0).sum()), abs=0.1)  # by draws in chains
+
+
+# LOO
+
+
+@pytest.mark.parametrize("kind", ["inference_data", "datatree"])
+def test_loo_is_right(kind, monkeypatch):
+    module = importlib.import_module("flowvi.compare")
+    try:
+        found = flowvi.inference_data.find_arviz(kind)
+    except OptionError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(module, "find_arviz", lambda: found)
+    sds = {"narrow": 0.1, "wide": 30.0}
+    table = flowvi.compare({name: posterior(sd, model=plated_mean) for name, sd in sds.items()})
+    true = {name: exact_loo(sd) for name, sd in sds.items()}
+    best = max(true, key=lambda name: true[name].sum())
+    assert best != table.index[0]  # what evidence and LOO say differs here: a wide prior costs the evidence alone
+    for name, row in table.iterrows():
+        loc, scale, _ = exact(sds[name])
+        mean_likelihood = (dist.Normal(loc, (1 + scale**2) ** 0.5)).log_prob(DATA)  # the same, having seen the datum
+        each = true[best] - true[name]
+        assert row["elpd_loo"] == pytest.approx(float(true[name].sum()), abs=0.1)
+        assert row["elpd_se"] == pytest.approx(float((5 * true[name].var(correction=0)) ** 0.5), abs=0.1)
+        assert row["p_loo"] == pytest.approx(float((mean_likelihood - true[name]).sum()), abs=0.1)
+        assert row["elpd_diff"] == pytest.approx(float(each.sum()), abs=0.15)
+        assert row["elpd_dse"] == pytest.approx(float((5 * each.var(correction=0)) ** 0.5), abs=0.1)
+        assert row["bad_pareto_k"] == 0
+        assert row["loo_warning"] == ""
+    assert table["elpd_diff"][best] == table["elpd_dse"][best] == 0
+
+
+LOO_NUMBERS = ["elpd_loo", "elpd_se", "p_loo", "elpd_diff", "elpd_dse", "bad_pareto_k"]
+
+
+def test_without_pointwise_likelihood_there_is_no_loo_and_why():
+    energy = flowvi.as_density(lambda z: dist.Normal(0.0, 1.0).log_prob(z).sum(-1), dim=1, dtype=F64)
+    flow = Flow.from_spec(FlowSpec("planar", 1, 0, "diag"), scale=1.1, dtype=F64)
+    empty = History(torch.arange(0), torch.zeros(0), torch.zeros(0))
+    callable_ = Posterior(flow, energy, config={}, timing={}, history=empty, seed=0)
+    models = {"event": posterior(1.0), "plate": posterior(1.0, model=plated_mean), "callable": callable_}
+    table = flowvi.compare(models)
+    assert table.loc[["event", "callable"], LOO_NUMBERS].isna().all(axis=None)
+    assert table.loc["plate", LOO_NUMBERS].notna().all()
+    assert "a plate instead of to_event" in table["loo_warning"]["event"]
+    assert "no observed sites" in table["loo_warning"]["callable"]
+    table = flowvi.compare({"event": models["event"], "plate": models["plate"]}, loo=False)
+    assert table[LOO_NUMBERS].isna().all(axis=None)
+    assert table["log_evidence"].notna().all()
+
+
+def test_an_influential_datum_is_told():
+    data = torch.cat([DATA, DATA.new_tensor([15.0])])
+    table = flowvi.compare({str(sd): posterior(sd, data, model=plated_mean) for sd in (1.0, 30.0)})
+    assert table["bad_pareto_k"]["30.0"] >= 1
+    assert table["loo_warning"]["30.0"].startswith(f"{table['bad_pareto_k']['30.0']} of 6 data have a Pareto k above")
+
+
+def test_other_data_give_no_difference():
+    other = posterior(1.0, DATA[:3], model=lambda sd: plated_mean(sd, "x"))
+    table = flowvi.compare({"x": other, "y": posterior(1.0, model=plated_mean)})
+    assert table["elpd_diff"]["x"] == 0  # the larger elpd, of fewer data
+    assert math.isnan(table["elpd_diff"]["y"])
+    assert "number of data" in table["loo_warning"]["y"]
 
 
 @pytest.mark.parametrize("wrong", [{}, {"one": posterior(1.0)}, [posterior(1.0), posterior(2.0)], {"a": 1, "b": 2}])

@@ -425,14 +425,16 @@ def test_bad_arguments(make, error, words):
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("energy", [U1(), U1(wall=2.0), U2(), U2(wall=False), U3(), U4()], ids=repr)
+@pytest.mark.parametrize(
+    "energy", [U1(), U1(wall=2.0), U2(), U2(wall=False), U3(), U4(), Funnel(2), Funnel(5, scale=1.5)], ids=repr
+)
 def test_gradients_by_hand_are_autograds(energy, backend):
     with kernels.use(backend):
         check_gradient(energy)
 
 
 def check_gradient(energy):
-    z = 3 * torch.randn(500, 2, dtype=torch.float64)
+    z = 3 * torch.randn(500, energy.dim, dtype=torch.float64)
     z[0] = 0.0
     value, grad = energy.log_density_and_grad(z)
     x = z.clone().requires_grad_()

@@ -8,17 +8,19 @@ import sys
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pyro.infer
 import pytest
 import torch
 
 import flowvi.inference_data
 from flowvi._version import __version__
-from flowvi.errors import OptionError
+from flowvi.errors import OptionError, TargetError
 from flowvi.flow import Flow, FlowSpec
 from flowvi.posterior import History, Posterior
 from flowvi.targets import as_density
 
 KINDS = ["inference_data", "datatree"]
+ALL = {"posterior", "sample_stats", "log_likelihood", "posterior_predictive", "observed_data"}
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
 
@@ -66,7 +68,7 @@ def groups(data):
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_hold_the_draws_and_their_densities(posterior, kind):
     data = convert(posterior, kind, seed=5)
-    assert groups(data) == {"posterior", "sample_stats", "log_likelihood", "observed_data"}
+    assert groups(data) == ALL
     draws = data["posterior"]
     assert set(draws.data_vars) == {"mu", "tau", "eta", "theta"}
     assert draws["theta"].shape == (1, 500, 8)
@@ -91,6 +93,7 @@ def test_dimensions_are_named_after_plates_and_shared(posterior, kind):
     assert data["posterior"]["theta"].dims == ("chain", "draw", "school")
     assert data["posterior"]["mu"].dims == ("chain", "draw")
     assert data["log_likelihood"]["y"].dims == ("chain", "draw", "school")
+    assert data["posterior_predictive"]["y"].dims == ("chain", "draw", "school")
     assert data["observed_data"]["y"].dims == ("school",)
     np.testing.assert_array_equal(data["posterior"]["school"].values, np.arange(8))
 
@@ -102,6 +105,8 @@ def test_attributes_carry_the_diagnosis(posterior, kind):
     for attrs in (data.attrs, data["posterior"].attrs):
         assert attrs["inference_library"] == "flowvi"
         assert attrs["inference_library_version"] == __version__
+        assert attrs["pyro_version"] == pyro.__version__
+        assert attrs["torch_version"] == torch.__version__
         assert attrs["khat"] == diagnosis.khat
         assert attrs["elbo"] == diagnosis.elbo
         assert attrs["elbo_se"] == diagnosis.elbo_se
@@ -144,12 +149,17 @@ def test_event_dimensions_and_names_that_clash(kind):
     assert data["log_likelihood"]["data"].shape == (1, 100, 3, 4)
     assert data["log_likelihood"]["data"].dims[2:] == ("rows", "columns")
     assert data["observed_data"]["data"].dims == ("rows", "columns", "data_dim_2")
+    assert data["posterior_predictive"]["data"].dims[2:] == ("rows", "columns", "data_dim_2")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_callable_has_no_likelihood(kind):
-    data = convert(make(lambda z: -z.square().sum(-1), dim=3), kind)
+    energy = make(lambda z: -z.square().sum(-1), dim=3)
+    data = convert(energy, kind)
     assert groups(data) == {"posterior", "sample_stats"}
+    assert "predictive_left_out" not in data.attrs
+    with pytest.raises(TargetError, match="no observed site"):
+        convert(energy, kind, predictive=True)
     assert data["posterior"]["z"].dims == ("chain", "draw", "z_dim_0")
 
 
@@ -163,6 +173,8 @@ def test_functions_of_arviz_0(posterior):
     loo = az.loo(data)
     assert loo.n_data_points == 8
     assert np.isfinite(loo.elpd_loo)
+    table = az.compare({"one": data, "other": convert(posterior, "inference_data", num_samples=2000)}, ic="loo")
+    assert set(table.index) == {"one", "other"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -175,6 +187,164 @@ def test_functions_of_arviz_1(posterior):
     loo = stats.loo(data)
     assert loo.n_data_points == 8
     assert np.isfinite(loo.elpd)
+    table = stats.compare({"one": data, "other": convert(posterior, "datatree", num_samples=2000)})
+    assert set(table.index) == {"one", "other"}
+
+
+@pytest.fixture
+def agg():
+    """Pictures without a screen, closed afterwards."""
+    matplotlib = need("matplotlib")
+    before = matplotlib.get_backend()
+    matplotlib.use("Agg")
+    yield
+    need("matplotlib.pyplot").close("all")
+    matplotlib.use(before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_of_arviz_0(posterior, agg):
+    az = need("arviz")
+    data = convert(posterior, "inference_data", num_samples=200)
+    assert az.plot_pair(data, var_names=["mu", "tau"]) is not None
+    (axes,) = az.plot_forest(data, var_names=["theta"], combined=True)
+    assert [label.get_text() for label in axes.get_yticklabels()][-1] == "theta[0]"
+    az.plot_ppc(data, num_pp_samples=10)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_of_arviz_1(posterior, agg):
+    plots = need("arviz_plots")
+    data = convert(posterior, "datatree", num_samples=200)
+    for picture in (
+        plots.plot_pair(data, var_names=["mu", "tau"], backend="matplotlib"),
+        plots.plot_forest(data, var_names=["theta"], backend="matplotlib"),
+        plots.plot_ppc_dist(data, num_samples=10, backend="matplotlib"),
+    ):
+        assert "figure" in picture.viz
+
+
+# simulated data
+
+
+def simulate(posterior, num=4000, seed=3):
+    values = posterior.sample(num, seed=1)
+    return values, flowvi.inference_data._simulate(posterior.density, values, seed)
+
+
+def one_by_one(monkeypatch):
+    """Draw after draw, as for a model that vmap doesn't take."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError
+
+    monkeypatch.setattr(torch.func, "vmap", fail)
+
+
+@pytest.mark.parametrize("way", ["together", "one by one"])
+def test_simulated_data_belong_to_their_draws(posterior, way, monkeypatch):
+    if way == "one by one":
+        one_by_one(monkeypatch)
+    num = 4000 if way == "together" else 500
+    values, data = simulate(posterior, num)
+    noise = (data["y"] - values["theta"]) / SIGMA  # standard normal, independent over draws and schools
+    assert noise.mean().abs() < 4 / (8 * num) ** 0.5
+    assert noise.std() == pytest.approx(1, abs=4 / (16 * num) ** 0.5)
+    assert torch.corrcoef(noise.T).fill_diagonal_(0).abs().max() < 5 / num**0.5
+    again = simulate(posterior, num)[1]
+    assert torch.equal(again["y"], data["y"])
+    assert not torch.equal(simulate(posterior, num, seed=4)[1]["y"], data["y"])
+
+
+def kinds_of_data(whole):
+    zero = torch.zeros((), dtype=torch.float64)
+    rate = pyro.sample("rate", dist.Gamma(zero + 3.0, 1.0))
+    pyro.sample("broadcast", dist.Normal(zero, 1.0), obs=torch.zeros(6, dtype=torch.float64))
+    pyro.factor("prior", -rate.square())
+    state = rate
+    for t in range(3):  # each step reads what the step before has observed
+        state = pyro.sample(f"step_{t}", dist.Normal(state + 10.0, 0.01), obs=zero)
+    with pyro.plate("part", 50, subsample_size=None if whole else 5) as index:
+        pyro.sample("counts", dist.Poisson(rate).expand([len(index)]), obs=torch.arange(50.0).double()[index])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_simulated_data_of_many_kinds(whole):
+    posterior = make(kinds_of_data, whole)
+    values, data = simulate(posterior, 2000)
+    assert {name: tuple(value.shape[1:]) for name, value in data.items()} == {
+        "broadcast": (6,),
+        **{f"step_{t}": () for t in range(3)},
+        "counts": (50,),
+    }
+    assert data["broadcast"].std() == pytest.approx(1, abs=0.05)
+    assert data["broadcast"].std(1).min() > 0  # six draws, not one six times
+    torch.testing.assert_close(data["step_2"], values["rate"] + 30, atol=0.1, rtol=0)
+    counts = data["counts"]
+    assert torch.equal(counts, counts.round())
+    assert (counts - values["rate"][:, None]).div(values["rate"][:, None].sqrt()).std() == pytest.approx(1, abs=0.03)
+
+
+def two_ways():
+    loc = pyro.sample("loc", dist.ImproperUniform(dist.constraints.real, (), ()))
+    scale = pyro.sample("scale", dist.Gamma(5.0, 5.0))
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(loc, scale), obs=torch.tensor([0.1, 0.2, 0.4, 0.3]))
+        pyro.sample("t", dist.StudentT(9.0, loc, scale), obs=torch.zeros(4))  # its draws can't be batched
+
+
+def test_an_improper_prior_and_draws_that_cannot_be_batched():
+    values, data = simulate(make(two_ways), 1000)
+    for name in ("y", "t"):
+        noise = (data[name] - values["loc"][:, None]) / values["scale"][:, None]
+        assert noise.abs().median() == pytest.approx(0.68 if name == "y" else 0.70, abs=0.05)
+
+
+def slopes(x, y):
+    slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 5.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Poisson(torch.exp(slope * x)), obs=y)
+
+
+def test_the_draws_are_those_of_pyros_predictive():
+    """The same distribution at fixed latents, by the mean and the variance of each datum."""
+    x = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    latent = {"slope": torch.full((2000,), 0.7, dtype=torch.float64)}
+    predictive = pyro.infer.Predictive(pyro.poutine.uncondition(slopes), latent, return_sites=["y"])
+    theirs = predictive(x, x.round())["y"].reshape(2000, 3)
+    ours = flowvi.inference_data._simulate(make(slopes, x, x.round()).density, latent, 3)["y"]
+    for draws in (theirs, ours):
+        rate = torch.exp(0.7 * x)
+        assert ((draws.mean(0) - rate) / rate.sqrt()).abs().max() < 4 / 2000**0.5
+        assert (draws.var(0) / rate - 1).abs().max() < 0.2
+
+
+class DensityOnly(dist.Normal):
+    def sample(self, *args, **kwargs):
+        raise NotImplementedError("no draws")
+
+    rsample = sample
+
+
+def cannot_be_simulated():
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", DensityOnly(mu, 1.0), obs=torch.zeros(()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_without_draws_is_left_out_or_refused(kind):
+    posterior = make(cannot_be_simulated)
+    data = convert(posterior, kind, num_samples=100)
+    assert groups(data) == ALL - {"posterior_predictive"}
+    assert "NotImplementedError: no draws" in data.attrs["predictive_left_out"]
+    with pytest.raises(TargetError, match=r"predictive=\s?False"):
+        convert(posterior, kind, predictive=True)
+    assert "predictive_left_out" not in convert(posterior, kind, predictive=False).attrs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_simulated_data(posterior, kind):
+    assert groups(convert(posterior, kind, predictive=False)) == ALL - {"posterior_predictive"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,5 @@
-"""From a target to a posterior, or from data to a density: the loops, and the functions that decide."""
+"""From a target to a posterior, or from data to a density (`flowvi.fit.density`): the loops, and what decides."""
 
-from flowvi.fit.density import fit_density
 from flowvi.fit.fit import fit
 
-__all__ = ["fit", "fit_density"]
+__all__ = ["fit"]

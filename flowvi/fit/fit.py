@@ -39,6 +39,7 @@ NUM_STEPS, NUM_STEPS_WHITENED = 4000, 3000
 ANNEAL_FRACTION = 0.3
 AUTO_FLOW = "planar"
 MIN_STEPS = 200
+LONG = 32  # layers, above which the step size falls as 1 / sqrt(K): the moves of K layers add up
 
 
 def fit(
@@ -87,7 +88,8 @@ def fit(
         num_flows: K; 32 for planar and radial, 4 to 8 for others: `flowvi.transforms.registry` knows.
         num_steps: steps of Adam; 3000 after whitening, else 4000.
         num_particles: S, draws per step; 256.
-        lr: the largest step size; 4e-2 for planar and radial, 1e-2 for flows with networks.
+        lr: the largest step size; 4e-2 for planar and radial, 1e-2 for flows with networks; above K = 32 less,
+            as 1 / sqrt(K).
         anneal: True for beta from .01 to 1 over the first 30% of the steps, False for none, or a schedule
             step -> beta. None: for energies, and where the whitening's starts disagree.
         whiten: whether the best Gaussian is fitted first. None: for models and callables.
@@ -155,7 +157,7 @@ def fit(
     plan = Plan(
         num_steps=num_steps or (NUM_STEPS_WHITENED if whiten else NUM_STEPS),
         num_particles=num_particles or NUM_PARTICLES,
-        lr=lr or entry.lr,
+        lr=lr or entry.lr * min(1.0, math.sqrt(LONG / max(1, num_flows))),
         anneal=anneal if anneal is not None or not is_energy else True,
         whiten=whiten,
         objective=objective,
@@ -387,7 +389,7 @@ def _attempt(
         "num_steps": num_steps,
         "num_particles": objective.num_particles,
         "lr": plan.lr,
-        "anneal": repr(objective.anneal) if objective.anneal is not None else None,
+        "anneal": repr(objective.anneal) if min(record.beta, default=1.0) < 1 else None,
         "gradient": objective.gradient,
         "step": "without a tape" if record.fused else "by autograd",
         "compile": _words(compiled),

@@ -36,6 +36,9 @@ def as_density(
         dtype: float64 if an argument is, else torch's default, if None.
         device: where to compute; the CPU if None.
 
+    Returns:
+        The density over z in R^D, with its gradient and the way back to the target's own variables.
+
     Raises:
         OptionError: arguments that don't go with this target.
         TargetError and its children: the target can't be used; the message says why.

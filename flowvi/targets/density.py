@@ -110,6 +110,9 @@ class LogDensity(ABC):
         Args:
             num_particles: S.
             num_calls: how many calls are to come; it is only tried if they would repay it. None: in any case.
+
+        Returns:
+            Whether the compiled one is used, and why.
         """
         return CompileReport(False, f"a target of the kind {self.path!r} is not compiled")
 
@@ -164,7 +167,17 @@ class LogDensity(ABC):
             return self._log_likelihood(self._checked(z).detach())
 
     def coordinate_name(self, index: int) -> str:
-        """The site, with its element, that a coordinate of z belongs to; of unconstrained values."""
+        """The site, with its element, that a coordinate of z belongs to; of unconstrained values.
+
+        Args:
+            index: 0 to D - 1.
+
+        Returns:
+            Such as "tau" or "theta[2]".
+
+        Raises:
+            OptionError: There is no such coordinate.
+        """
         start = 0
         for site in self.sites:
             shape = tuple(site.unconstrained_shape)

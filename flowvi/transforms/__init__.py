@@ -39,6 +39,11 @@ from flowvi.transforms.spline import (
     conditional_neural_spline,
     neural_spline,
 )
+from flowvi.transforms.stack_conditional import (
+    ConditionalStack,
+    conditional_planar_stack,
+    conditional_radial_stack,
+)
 from flowvi.transforms.sylvester import (
     ConditionalSylvester,
     Sylvester,
@@ -57,6 +62,7 @@ __all__ = [
     "ConditionalAffine",
     "ConditionalPlanar",
     "ConditionalRadial",
+    "ConditionalStack",
     "ConditionalSylvester",
     "ConditionalTails",
     "Coupling",
@@ -81,7 +87,9 @@ __all__ = [
     "conditional_neural_spline",
     "conditional_nice",
     "conditional_planar",
+    "conditional_planar_stack",
     "conditional_radial",
+    "conditional_radial_stack",
     "conditional_real_nvp",
     "conditional_sylvester",
     "conditional_tails",

@@ -1,0 +1,229 @@
+"""Stacks of planar or radial layers whose parameters come from a context: K layers of each datum's own, fused.
+
+A context c_n gives datum n the parameters of all its K layers at once, and the whole minibatch goes through one
+kernel call. The mathematics is that of `PlanarStack` and `RadialStack`; only the parameters have dimensions in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions.conditional import ConditionalTransformModule
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from flowvi import kernels
+from flowvi.errors import OptionError
+from flowvi.transforms.base import Conditioned
+from flowvi.transforms.planar import _check_constraint, _random_directions
+
+
+class _Rows:
+    """Points (..., D) as the kernels want them, (*front, S, D), where `front` is the parameters' batch shape.
+
+    What stands left of `front` in the points' batch shape (particles, say) becomes S.
+
+    Args:
+        x: points, (..., D).
+        front: the parameters' batch shape, broadcast against that of the points.
+    """
+
+    def __init__(self, x: Tensor, front: torch.Size) -> None:
+        self.full = torch.broadcast_shapes(x.shape[:-1], front)
+        while len(front) and front[0] == 1:
+            front = front[1:]
+        self.front = self.full[len(self.full) - len(front) :]
+        self.num_ones = len(front)
+
+    def stack(self, x: Tensor) -> Tensor:
+        """(*front, S, D) of points (..., D)."""
+        x = x.expand(*self.full, x.shape[-1])
+        return x.reshape(-1, *self.front, x.shape[-1]).movedim(0, -2)
+
+    def parameters(self, params: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+        """The parameters with `front` in front; `dims` says how many dimensions each has of its own."""
+        each = []
+        for p, own in zip(params, dims, strict=True):
+            tail = p.shape[p.dim() - own :]
+            lead = p.shape[p.dim() - own - self.num_ones : p.dim() - own]
+            each.append(p.reshape(*lead, *tail).expand(*self.front, *tail))
+        return each
+
+    def points(self, y: Tensor) -> Tensor:
+        """(..., D) of (*front, S, D)."""
+        return y.movedim(-2, 0).reshape(*self.full, y.shape[-1])
+
+    def numbers(self, v: Tensor) -> Tensor:
+        """(...) of (*front, S)."""
+        return v.movedim(-1, 0).reshape(self.full)
+
+
+class _PlanarLayers:
+    """K planar layers at parameters w, u (..., K, D) and b (..., K), for `Conditioned`."""
+
+    has_path_score: ClassVar[bool] = True
+
+    @staticmethod
+    def _arranged(x: Tensor, *params: Tensor) -> tuple[_Rows, list[Tensor]]:
+        rows = _Rows(x, params[0].shape[:-2])
+        return rows, rows.parameters(params, (2, 2, 1))
+
+    @staticmethod
+    def _forward(x: Tensor, *params: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
+        rows, at = _PlanarLayers._arranged(x, *params)
+        y, log_det, _ = kernels.planar_stack(rows.stack(x), at[0], at[1], at[2], constraint)
+        return rows.points(y), rows.numbers(log_det)
+
+    @staticmethod
+    def _inverse_map(y: Tensor, *params: Tensor, constraint: str) -> Tensor:
+        rows, at = _PlanarLayers._arranged(y, *params)
+        return rows.points(kernels.planar_stack_inverse(rows.stack(y), at[0], at[1], at[2], constraint))
+
+    @staticmethod
+    def _score(x: Tensor, score: Tensor, *params: Tensor, constraint: str) -> tuple[Tensor, Tensor, Tensor]:
+        rows, at = _PlanarLayers._arranged(x, *params)
+        out = kernels.planar_stack_score(rows.stack(x), rows.stack(score), at[0], at[1], at[2], constraint)
+        return rows.points(out[0]), rows.numbers(out[1]), rows.points(out[3])
+
+
+class _RadialLayers:
+    """K radial layers at parameters z0 (..., K, D), raw_alpha and raw_s (..., K), for `Conditioned`."""
+
+    has_path_score: ClassVar[bool] = True
+
+    @staticmethod
+    def _arranged(x: Tensor, *params: Tensor) -> tuple[_Rows, list[Tensor]]:
+        rows = _Rows(x, params[0].shape[:-2])
+        return rows, rows.parameters(params, (2, 1, 1))
+
+    @staticmethod
+    def _forward(x: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        rows, at = _RadialLayers._arranged(x, *params)
+        y, log_det, _ = kernels.radial_stack(rows.stack(x), at[0], at[1], at[2])
+        return rows.points(y), rows.numbers(log_det)
+
+    @staticmethod
+    def _inverse_map(y: Tensor, *params: Tensor) -> Tensor:
+        rows, at = _RadialLayers._arranged(y, *params)
+        return rows.points(kernels.radial_stack_inverse(rows.stack(y), at[0], at[1], at[2]))
+
+    @staticmethod
+    def _score(x: Tensor, score: Tensor, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, at = _RadialLayers._arranged(x, *params)
+        out = kernels.radial_stack_score(rows.stack(x), rows.stack(score), at[0], at[1], at[2])
+        return rows.points(out[0]), rows.numbers(out[1]), rows.points(out[3])
+
+
+class ParameterNetwork(nn.Module):
+    """A dense network from a context (..., C) to named shapes, which starts at `starts` for every context.
+
+    Args:
+        context_dim: C.
+        hidden_dims: sizes of the hidden layers; () is linear; two of max(16, 10 C) by default.
+        starts: the first value of each parameter.
+    """
+
+    def __init__(self, context_dim: int, hidden_dims: Sequence[int] | None, starts: Sequence[Tensor]) -> None:
+        super().__init__()
+        hidden = [max(16, 10 * context_dim)] * 2 if hidden_dims is None else list(hidden_dims)
+        body: list[nn.Module] = []
+        for size_in, size_out in pairwise([context_dim, *hidden]):
+            body += [nn.Linear(size_in, size_out), nn.ReLU()]
+        self.body = nn.Sequential(*body)
+        self.shapes = [s.shape for s in starts]
+        # A last layer for each parameter: one for all would have its output, and its gradient, cut and copied.
+        heads = [nn.Linear([context_dim, *hidden][-1], s.numel()) for s in starts]
+        self.heads = nn.ModuleList(heads)
+        with torch.no_grad():
+            for head, start in zip(heads, starts, strict=True):
+                head.weight.zero_()
+                head.bias.copy_(start.reshape(-1))
+
+    def forward(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Each parameter at the context, (..., *shape)."""
+        features = self.body(context)
+        return tuple(head(features).unflatten(-1, s) for head, s in zip(self.heads, self.shapes, strict=True))
+
+
+class ConditionalStack(ConditionalTransformModule):
+    """K layers in one kernel call, their parameters from a context through a hypernetwork.
+
+    Args:
+        nn: maps a context (..., C) to the parameters of all K layers.
+        layers: the family's mathematics.
+        **options: what the mathematics takes beside the parameters.
+
+    Example:
+        >>> import torch
+        >>> from flowvi.transforms import conditional_planar_stack
+        >>> stack = conditional_planar_stack(2, context_dim=3, num_flows=8)
+        >>> stack.condition(torch.randn(5, 3))(torch.randn(100, 5, 2)).shape
+        torch.Size([100, 5, 2])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, nn: nn.Module, layers: type[Any], **options: Any) -> None:
+        super().__init__()
+        self.nn, self.layers, self.options = nn, layers, options
+
+    def condition(self, context: Tensor) -> Conditioned:
+        """The stack at a context of shape (..., C), acting on points (..., D)."""
+        return Conditioned(self.layers, self.nn(context), **self.options)
+
+
+def conditional_planar_stack(
+    input_dim: int,
+    context_dim: int,
+    num_flows: int = 16,
+    *,
+    hidden_dims: Sequence[int] | None = None,
+    constraint: str = "squareplus",
+) -> ConditionalStack:
+    """K planar layers with a dense hypernetwork, the identity at the start for every context.
+
+    Source: Rezende & Mohamed 2015, arXiv:1505.05770, section 4 (an inference network gives the flow's parameters).
+
+    Args:
+        input_dim: D.
+        context_dim: C.
+        num_flows: K, at least 1.
+        hidden_dims: sizes of the hypernetwork's hidden layers; () makes the parameters linear in the context.
+        constraint: "squareplus" or "softplus" (not the identity at the start), as for `Planar`.
+
+    Raises:
+        OptionError: num_flows or constraint can't be used.
+    """
+    _check_count(num_flows)
+    options = {"constraint": _check_constraint(constraint)}
+    starts = [_random_directions(num_flows, input_dim), torch.zeros(num_flows, input_dim), torch.randn(num_flows)]
+    return ConditionalStack(ParameterNetwork(context_dim, hidden_dims, starts), _PlanarLayers, **options)
+
+
+def conditional_radial_stack(
+    input_dim: int, context_dim: int, num_flows: int = 16, *, hidden_dims: Sequence[int] | None = None
+) -> ConditionalStack:
+    """K radial layers with a dense hypernetwork, the identity at the start for every context.
+
+    Args:
+        input_dim: D.
+        context_dim: C.
+        num_flows: K, at least 1.
+        hidden_dims: as for `conditional_planar_stack`.
+
+    Raises:
+        OptionError: num_flows can't be used.
+    """
+    _check_count(num_flows)
+    starts = [torch.randn(num_flows, input_dim), torch.zeros(num_flows), torch.zeros(num_flows)]
+    return ConditionalStack(ParameterNetwork(context_dim, hidden_dims, starts), _RadialLayers)
+
+
+def _check_count(num_flows: int) -> None:
+    if not isinstance(num_flows, int) or isinstance(num_flows, bool) or num_flows < 1:
+        raise OptionError(f"num_flows must be a positive integer, not {num_flows!r}.")
