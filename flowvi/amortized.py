@@ -319,7 +319,14 @@ class AmortizedGuide(AutoGuide):
         return features
 
     def posterior(self, features: Tensor) -> LocalFlow:
-        """q(z_n | x_n) over the unconstrained local latents, at features (n, C): batch shape (n,), event shape (D,)."""
+        """q(z_n | x_n) over the unconstrained local latents.
+
+        Args:
+            features: (n, C), what the encoder gives.
+
+        Returns:
+            The flows, of batch shape (n,) and event shape (D,).
+        """
         return self.local(features)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

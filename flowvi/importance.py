@@ -122,7 +122,18 @@ class IWELBO(PyroELBO):
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
     def weighted(self, model: Any, guide: Any, args: Any, kwargs: Any, *, path: bool = False) -> _Weighted:
-        """One set of K importance samples for every datum."""
+        """One set of K importance samples for every datum.
+
+        Args:
+            model: the Pyro model.
+            guide: its guide.
+            args: what both are called with.
+            kwargs: likewise.
+            path: whether the parts of the doubly reparameterized gradient are found as well.
+
+        Returns:
+            The log weights of all data, with what their gradient needs.
+        """
         if math.isinf(self.max_plate_nesting):
             with torch.no_grad():
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
@@ -139,12 +150,32 @@ class IWELBO(PyroELBO):
 
     @torch.no_grad()
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """-L_K, an estimate without bias, without gradient."""
+        """-L_K, an estimate without bias, without gradient.
+
+        Args:
+            model: the Pyro model.
+            guide: its guide.
+            *args: what both are called with.
+            **kwargs: likewise.
+
+        Returns:
+            A number.
+        """
         found = self.weighted(model, guide, args, kwargs)
         return -float(found.scale * _bound(found.log_w).sum())
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """-L_K whose backward pass gives the estimator's gradient."""
+        """-L_K whose backward pass gives the estimator's gradient.
+
+        Args:
+            model: the Pyro model.
+            guide: its guide.
+            *args: what both are called with.
+            **kwargs: likewise.
+
+        Returns:
+            A scalar tensor.
+        """
         found = self.weighted(model, guide, args, kwargs, path=self.dreg)
         for name, _, _, reparameterized in found.latents:
             if not reparameterized:
@@ -164,7 +195,17 @@ class IWELBO(PyroELBO):
         return value + (surrogate - surrogate.detach())
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """-L_K, and its gradient added to the parameters' ``.grad``."""
+        """-L_K, and its gradient added to the parameters' ``.grad``.
+
+        Args:
+            model: the Pyro model.
+            guide: its guide.
+            *args: what both are called with.
+            **kwargs: likewise.
+
+        Returns:
+            A number, the estimate of -L_K.
+        """
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()

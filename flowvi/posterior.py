@@ -402,8 +402,9 @@ class Posterior:
             words.append(f"{config['num_steps']} steps" + (f" of {particles} particles" if particles else ""))
         if "anneal" in config:
             words.append("annealed" if config["anneal"] else "not annealed")
-        if config.get("stopped", "finished") != "finished":
-            words.append(f"stopped early ({config['stopped']})")
+        stopped = config.get("stopped", "finished")
+        if stopped != "finished":
+            words.append("stopped early (interrupted)" if stopped == "interrupted" else f"stopped: {stopped}")
         if self.history.skipped_steps:
             words.append(f"{self.history.skipped_steps} steps skipped as not finite")
         if self.timing:
