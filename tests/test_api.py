@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import flowvi
+from flowvi.transforms import registry
 
 ROOT = Path(__file__).parents[1]
 MODULES = [flowvi, *(getattr(flowvi, name) for name in flowvi.__all__ if inspect.ismodule(getattr(flowvi, name)))]
@@ -136,7 +137,8 @@ def test_what_its_modules_offer_is_documented(name):
 
 
 @pytest.mark.parametrize("name", [n for n, path in SOURCES.items() if ">>>" in path.read_text(encoding="utf-8")])
-def test_examples_run(name):
+def test_examples_run(name, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # an example may register a flow
     module = importlib.import_module(name)
     found = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert found.attempted

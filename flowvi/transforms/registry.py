@@ -81,7 +81,7 @@ def register(
     Example:
         >>> import flowvi
         >>> from flowvi.transforms import Planar
-        >>> flowvi.transforms.register("mine", lambda input_dim: Planar(input_dim), overwrite=True)
+        >>> flowvi.transforms.register("mine", Planar, overwrite=True)
         >>> "mine" in flowvi.transforms.available()
         True
     """
