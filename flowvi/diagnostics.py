@@ -235,8 +235,8 @@ def judge(
       draws. These two have no veto where the short HMC has settled and finds nothing to move: then means and sds
       are trusted, and the tails called in doubt.
 
-    Over 220 targets with known moments (`python -m experiments verdict`, committed) it trusted 130 of 137 right answers and
-    6 of 53 wrong ones, all of them targets with several modes of which some were never found.
+    Over 220 targets with known moments (`python -m experiments verdict`) it trusted 130 of 137 right answers and 6 of
+    53 wrong ones, all of them targets with several modes of which some were never found.
 
     Args:
         log_p: Unnormalized log density of the target at the draws (S,).
