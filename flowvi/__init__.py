@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 from flowvi import energies, errors, transforms
 from flowvi._version import __version__
-from flowvi.amortized import AmortizedGuide
 from flowvi.compare import compare
 from flowvi.diagnostics import Diagnostics
 from flowvi.fit import fit
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import AutoFlow, AutoPlanar, AutoRadial
-from flowvi.importance import IWELBO, LogLikelihood, log_likelihood
 from flowvi.objectives import ELBO, AnnealedELBO, BalancedELBO, LinearAnneal, PathELBO
 from flowvi.posterior import History, Posterior
-from flowvi.storage import load, load_density
+from flowvi.storage import load
 from flowvi.targets import LogDensity, as_density
 
 if TYPE_CHECKING:
     from flowvi import plotting
+    from flowvi.amortized import AmortizedGuide
     from flowvi.density_fit import DensityFit
+    from flowvi.density_storage import load_density
     from flowvi.fit.density import fit_density
+    from flowvi.importance import IWELBO
+    from flowvi.likelihood import LogLikelihood, log_likelihood
 
 __all__ = [
     "ELBO",
@@ -58,11 +60,16 @@ __all__ = [
 ]
 
 _LATER = {
+    "AmortizedGuide": "flowvi.amortized",
     "DensityFit": "flowvi.density_fit",
+    "IWELBO": "flowvi.importance",
+    "LogLikelihood": "flowvi.likelihood",
     "fit_density": "flowvi.fit.density",
+    "load_density": "flowvi.density_storage",
+    "log_likelihood": "flowvi.likelihood",
     "plotting": "flowvi.plotting",
 }
-"""What is imported when it is first asked for: not every process plots or fits densities."""
+"""What is imported when it is first asked for: not every process has need of it."""
 
 
 def __getattr__(name: str) -> Any:

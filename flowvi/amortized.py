@@ -40,40 +40,10 @@ from flowvi.transforms.stack_conditional import (
     conditional_radial_stack,
 )
 
-__all__ = ["AmortizedFlow", "AmortizedGuide", "LocalFlow"]
+__all__ = ["AmortizedFlow", "AmortizedGuide"]
 
 STACKS: dict[str, Callable[..., Any]] = {"planar": conditional_planar_stack, "radial": conditional_radial_stack}
 """Flows whose K layers of each datum's own go through one kernel."""
-
-
-class LocalFlow(Flow):
-    """A `Flow` with a batch of distributions, one for each datum, that remembers the base point of its last draw."""
-
-    _drawn: tuple[Tensor, Tensor] | None = None
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Z (*sample_shape, *batch_shape, D)."""
-        x = self.base_dist.rsample(torch.Size(sample_shape))
-        z = x
-        for t in self.transforms:
-            z = t(z)
-        self._drawn = (z, x.detach())
-        return z
-
-    def score(self, value: Tensor) -> Tensor:
-        """See `Flow.score`; of the last draw by one more forward pass, with no inverse."""
-        if self._drawn is None or self._drawn[0] is not value or not self.has_path_score:
-            return super().score(value)
-        with torch.no_grad():
-            x = self._drawn[1]
-            score = -x
-            for t in self.transforms:
-                x, _, score = t.forward_with_score(x, score)
-        return score
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> LocalFlow:
-        """The same flows with another batch shape, sharing their transforms."""
-        return LocalFlow(self.base_dist.expand(torch.Size(batch_shape)), self.transforms, validate_args=False)
 
 
 class AmortizedFlow(nn.Module):
@@ -117,14 +87,14 @@ class AmortizedFlow(nn.Module):
         self.base = ParameterNetwork(context_dim, hidden, [torch.zeros(input_dim), torch.full((input_dim,), raw)])
         self.layers = nn.ModuleList(_layers(flow, input_dim, context_dim, num_flows, tuple(hidden), options))
 
-    def forward(self, context: Tensor) -> LocalFlow:
+    def forward(self, context: Tensor) -> Flow:
         """The flows at features (..., C): batch shape (...), event shape (D,)."""
         loc, raw = self.base(context)
         layers: Any = self.layers
         at = [layer if isinstance(layer, Reversal) else layer.condition(context) for layer in layers]
         zero = torch.zeros((), dtype=loc.dtype, device=loc.device)
         base = dist.Normal(zero, zero + 1, validate_args=False).expand(loc.shape).to_event(1)
-        return LocalFlow(base, [*at, Conditioned(_ShiftScale, (loc, raw))], validate_args=False)
+        return Flow(base, [*at, Conditioned(_ShiftScale, (loc, raw))], validate_args=False)
 
 
 def _layers(
@@ -318,7 +288,7 @@ class AmortizedGuide(AutoGuide):
             raise DimensionError(f"the encoder must give features (n, C) for n = {n} data points, not {what}.")
         return features
 
-    def posterior(self, features: Tensor) -> LocalFlow:
+    def posterior(self, features: Tensor) -> Flow:
         """q(z_n | x_n) over the unconstrained local latents.
 
         Args:

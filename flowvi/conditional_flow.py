@@ -172,3 +172,11 @@ def conditional_factory(name: str) -> Callable[..., Any]:
 
 def _find(name: str) -> Callable[..., Any] | None:
     return lookup(name).conditional or getattr(transforms, f"conditional_{name}", None)
+
+
+def flow_at(flow: Flow | ConditionalFlow, context: Tensor | None) -> Flow:
+    """The flow at a context, if it takes one."""
+    if isinstance(flow, ConditionalFlow):
+        assert context is not None  # checked where a user's context comes in
+        return flow.condition(context)
+    return flow

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowvi.conditional_flow import ConditionalFlow
+from flowvi.conditional_flow import ConditionalFlow, flow_at
 from flowvi.errors import DimensionError, OptionError
 from flowvi.flow import Flow
 
-__all__ = ["DensityFit", "DensityHistory", "LogLikelihood"]
+__all__ = ["DensityFit", "DensityHistory", "MeanLogProb"]
 
 _CHUNK_ELEMENTS = 2**20  # of x at a time, however many rows are asked for
 
 
-class LogLikelihood(NamedTuple):
+class MeanLogProb(NamedTuple):
     """The mean of log q(x) over rows, in nats, and its standard error."""
 
     mean: float
@@ -49,14 +49,6 @@ class DensityHistory:
     lr: Tensor
     best_step: int
     skipped_steps: int = 0
-
-
-def flow_at(flow: Flow | ConditionalFlow, context: Tensor | None) -> Flow:
-    """The flow at a context, if it takes one."""
-    if isinstance(flow, ConditionalFlow):
-        assert context is not None  # checked where a user's context comes in
-        return flow.condition(context)
-    return flow
 
 
 class DensityFit:
@@ -177,7 +169,7 @@ class DensityFit:
         log_q = torch.where(finite, torch.cat([x.new_empty(0), *parts]), -math.inf)
         return torch.where(x.isnan().any(-1), math.nan, log_q).reshape(batch)
 
-    def log_likelihood(self, x: Any, context: Any = None) -> LogLikelihood:
+    def log_likelihood(self, x: Any, context: Any = None) -> MeanLogProb:
         """The mean of log q over the rows of x (N, D), and its standard error: the score of held-out data, in nats.
 
         Args:
@@ -193,7 +185,7 @@ class DensityFit:
         log_q = self.log_prob(x, context).double().reshape(-1)
         if len(log_q) < 2:
             raise DimensionError("a standard error needs at least 2 rows: use log_prob for one.")
-        return LogLikelihood(float(log_q.mean()), float(log_q.std() / math.sqrt(len(log_q))))
+        return MeanLogProb(float(log_q.mean()), float(log_q.std() / math.sqrt(len(log_q))))
 
     def save(self, path: str | Path) -> None:
         """Writes the fit to a file of plain data that `flowvi.load_density(path)` reads.
@@ -204,7 +196,7 @@ class DensityFit:
         Raises:
             OptionError: the flow can't be built again from its name.
         """
-        from flowvi.storage import save_density
+        from flowvi.density_storage import save_density
 
         save_density(self, path)
 
@@ -235,7 +227,7 @@ class DensityFit:
         words.append(f"{config['num_parameters']} parameters, {config['num_rows']} rows")
         words.append(f"step {self.history.best_step} of {config['num_steps']} kept")
         if config.get("validation_mean") is not None:
-            score = LogLikelihood(config["validation_mean"], config["validation_se"])
+            score = MeanLogProb(config["validation_mean"], config["validation_se"])
             words.append(f"held out {score}")
         if self.timing:
             words.append(f"{sum(self.timing.values()):.1f} s")

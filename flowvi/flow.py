@@ -5,6 +5,7 @@ log q_K(z_K) = log q_0(z_0) - sum_k log|det df_k/dz_{k-1}| (Rezende & Mohamed 20
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,6 +84,8 @@ class Flow(TransformedDistribution):
         torch.Size([100])
     """
 
+    _drawn: tuple[Callable[[], Any], Any, Any] = (lambda: None, None, None)  # weak z, x, version: the last draw
+
     def __init__(
         self,
         base: torch.distributions.Distribution | int,
@@ -148,6 +151,30 @@ class Flow(TransformedDistribution):
     def device(self) -> torch.device:
         """The parameters' device."""
         return next(self.module.parameters(), self.base_dist.mean).device
+
+    def rsample(self, sample_shape: torch.Size | Sequence[int] = ()) -> Tensor:
+        """Z of shape (*sample_shape, *batch_shape, D), with its graph."""
+        x = z = self.base_dist.rsample(torch.Size(sample_shape))
+        for t in self.transforms:
+            z = t(z)
+        self._drawn = weakref.ref(z), x.detach(), self._version()
+        return z
+
+    def _version(self) -> tuple[int, ...]:
+        return tuple(n for p in self.parameters() for n in (id(p), 0 if p.is_inference() else p._version))
+
+    def _base_point(self, value: Tensor) -> Tensor:
+        """The x that `value` came from: remembered, if it was just drawn, and else by the inverses."""
+        drawn, x, version = self._drawn
+        if drawn() is value and version == self._version():
+            return x
+        x = value
+        for t in reversed(self.transforms):
+            x = t.inv(x)
+        return x.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_drawn"}
 
     def _base_rsample(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         base = self.base_dist
@@ -274,7 +301,7 @@ class Flow(TransformedDistribution):
     def score(self, value: Tensor) -> Tensor:
         """D log q(value)/d value.
 
-        By the forward recurrence from the base point that gave `value` (remembered, if it was just sampled),
+        By the forward recurrence from the base point that gave `value` (remembered, if `rsample` has just drawn it),
         or by autograd where a transform has no path score.
 
         Args:
@@ -291,10 +318,7 @@ class Flow(TransformedDistribution):
                 value = value.detach().requires_grad_()
                 return torch.autograd.grad(self._log_prob_by_inverses(value).sum(), value)[0]
         with torch.no_grad():
-            x = value
-            for t in reversed(self.transforms):
-                x = t.inv(x)
-            x = x.detach()
+            x = self._base_point(value)
             score = self._base_score(x)
             for t in self.transforms:
                 x, _, score = t.forward_with_score(x, score)

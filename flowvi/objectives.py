@@ -217,7 +217,7 @@ class ELBO(Trace_ELBO):
         surrogate = model_trace.log_prob_sum()
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and not site["is_observed"]:
-                surrogate = surrogate - _path_log_prob(name, site)
+                surrogate = surrogate - path_log_prob(name, site).sum()
         return -float(elbo.detach()), -surrogate
 
 
@@ -268,15 +268,20 @@ class AnnealedELBO(ELBO):
         super().__init__(num_particles, anneal=anneal or LinearAnneal(), **options)
 
 
-def _path_log_prob(name: str, site: dict[str, Any]) -> Tensor:
-    """Log q of one guide site, whose gradient runs through the sampled value alone."""
+def path_log_prob(name: str, site: dict[str, Any]) -> Tensor:
+    """Log q of one guide site, (*batch), scaled and masked, whose gradient runs through the sampled value alone.
+
+    Raises:
+        OptionError: the site is not reparameterized.
+    """
     fn, value = site["fn"], site["value"]
     if isinstance(fn, (pyro.distributions.Delta, pyro.distributions.Unit)):
-        return site["log_prob_sum"]
-    if not fn.has_rsample:
+        log_q = fn.log_prob(value)
+    elif not fn.has_rsample:
         raise OptionError(
             f"the path gradient needs a reparameterized guide, but site {name!r} is drawn from "
             f"{type(fn).__name__}, which has no rsample: use flowvi.ELBO or pyro.infer.TraceGraph_ELBO."
         )
-    log_prob = (value * fn.score(value)).sum(-1) if isinstance(fn, Flow) else detach(fn).log_prob(value)
-    return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+    else:
+        log_q = (value * fn.score(value)).sum(-1) if isinstance(fn, Flow) else detach(fn).log_prob(value)
+    return scale_and_mask(log_q, site["scale"], site["mask"])

@@ -24,12 +24,13 @@ import torch
 
 import flowvi
 from flowvi import errors
+from flowvi.files import CHECKPOINT, read, write
 from flowvi.fit import checkpoint as checkpoint_module
 from flowvi.fit import rounds
 from flowvi.fit.checkpoint import FILE, Checkpoint, whole_steps
-from flowvi.storage import CHECKPOINT, _read, _write
 
 fit_module = importlib.import_module("flowvi.fit.fit")  # the name in the package is the function
+attempt_module = importlib.import_module("flowvi.fit.attempt")
 
 QUIET = {"progress": False, "verify": False, "seed": 0}
 SMALL = {"num_flows": 4, "num_steps": 60, "num_particles": 32, **QUIET}
@@ -152,8 +153,8 @@ def test_a_crash_after_another_crash(tmp_path):
 def test_a_finished_fit_is_returned_without_a_step(tmp_path, monkeypatch):
     fit = CASES["model"]
     first = fit(checkpoint=tmp_path)
-    monkeypatch.setattr(fit_module, "optimize", pytest.fail)
-    monkeypatch.setattr(fit_module, "whiten_", pytest.fail)
+    monkeypatch.setattr(attempt_module, "optimize", pytest.fail)
+    monkeypatch.setattr(attempt_module, "whiten", pytest.fail)
     again = fit(checkpoint=tmp_path)
     assert same(first, again)
     assert again.timing.keys() == first.timing.keys()
@@ -167,7 +168,7 @@ def test_rounds_go_on_with_what_they_decided(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "GROW", 2)
     monkeypatch.setattr(rounds, "MAX_FLOWS", 4)
     monkeypatch.setattr(rounds, "NUM_DRAWS", 1000)
-    monkeypatch.setattr(fit_module, "ROUND_STEPS", 40)
+    monkeypatch.setattr(attempt_module, "ROUND_STEPS", 40)
     fit = partial(flowvi.fit, bent, dim=2, num_particles=32, **QUIET)
     whole = fit()
     assert len(whole.config["rounds"]) >= 3  # the Gaussian's check, and two rounds of 5 and 10 files
@@ -185,9 +186,9 @@ def test_rounds_go_on_with_what_they_decided(tmp_path, monkeypatch):
 def test_the_steps_that_fit_a_time_limit_are_measured_once(tmp_path):
     fit = partial(flowvi.fit, bent, dim=2, num_flows=2, num_particles=16, num_steps=10**6, time_limit=0.1, **QUIET)
     assert cut_off(fit, tmp_path, 4)
-    decided = _read(tmp_path / FILE, CHECKPOINT)["parts"]["loop"]["num_steps"]
+    decided = read(tmp_path / FILE, CHECKPOINT)["parts"]["loop"]["num_steps"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_module, "seconds_per_step", pytest.fail)
+        patch.setattr(attempt_module, "seconds_per_step", pytest.fail)
         assert fit(checkpoint=tmp_path).config["num_steps"] == decided
 
 
@@ -195,7 +196,7 @@ def test_without_a_seed_the_files_seed_goes_on(tmp_path):
     fit = partial(flowvi.fit, bent, dim=2, num_flows=2, num_steps=30, progress=False, verify=False)
     assert cut_off(fit, tmp_path, 4)
     resumed = fit(checkpoint=tmp_path)
-    assert resumed.seed == _read(tmp_path / FILE, CHECKPOINT)["call"]["seed"]
+    assert resumed.seed == read(tmp_path / FILE, CHECKPOINT)["call"]["seed"]
     assert same(resumed, fit(seed=resumed.seed))
 
 
@@ -288,7 +289,7 @@ def damage(folder, kind):
         path.unlink()
         path.mkdir()
     else:
-        content = _read(path, CHECKPOINT)
+        content = read(path, CHECKPOINT)
         if kind == "no_steps":
             content["parts"]["loop"] = {}
         elif kind == "other_shapes":
@@ -301,7 +302,7 @@ def damage(folder, kind):
             content["call"] = None
         elif kind == "no_parts":
             content["parts"] = 3
-        _write(path, content, CHECKPOINT)
+        write(path, content, CHECKPOINT)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +369,7 @@ def test_a_disk_that_has_room_again_is_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full_at_first)
     with pytest.warns(errors.CheckpointWarning):
         CASES["energy"](checkpoint=tmp_path, checkpoint_every=1e-9)
-    assert len(_read(tmp_path / FILE, CHECKPOINT)["parts"]["fit"]["tries"]) == 1
+    assert len(read(tmp_path / FILE, CHECKPOINT)["parts"]["fit"]["tries"]) == 1
 
 
 def test_a_folder_that_cannot_be_made_costs_one_warning(tmp_path):
@@ -403,7 +404,7 @@ def test_ctrl_c_writes_a_last_file_and_the_same_call_goes_on(tmp_path):
         part = fit(checkpoint=tmp_path, checkpoint_every=1000)
     assert part.config["stopped"] == "interrupted"
     taken = len(part.history.elbo)
-    assert len(_read(tmp_path / FILE, CHECKPOINT)["parts"]["loop"]["beta"]) == taken < 60
+    assert len(read(tmp_path / FILE, CHECKPOINT)["parts"]["loop"]["beta"]) == taken < 60
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = True
     calls.clear()
@@ -448,7 +449,7 @@ def test_ctrl_c_between_rounds_keeps_the_best(monkeypatch):
         return check(*args, **kwargs)
 
     monkeypatch.setattr(rounds, "check", interrupted)
-    monkeypatch.setattr(fit_module, "ROUND_STEPS", 250)
+    monkeypatch.setattr(attempt_module, "ROUND_STEPS", 250)
     with pytest.warns(errors.InterruptedWarning):
         posterior = flowvi.fit(bent, dim=2, num_particles=32, **QUIET)
     assert posterior.config["stopped"] == "interrupted"
@@ -459,7 +460,7 @@ def test_ctrl_c_between_rounds_keeps_the_best(monkeypatch):
 def test_nothing_is_written_or_asked_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fit_module, "Checkpoint", pytest.fail)
-    monkeypatch.setattr(checkpoint_module, "_digest", pytest.fail)
+    monkeypatch.setattr(checkpoint_module, "digest", pytest.fail)
     CASES["energy"]()
     assert os.listdir(tmp_path) == []
 
@@ -536,3 +537,33 @@ def test_sigkill_at_random_moments_changes_no_bit(num, tmp_path):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     kill_and_resume(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+def two_modes(z):
+    return torch.logaddexp(-0.5 * z.square().sum(-1), -0.5 * (z - 8).square().sum(-1))
+
+
+def test_a_finished_mixture_is_returned_too(tmp_path):
+    options = {"dim": 2, "num_flows": 2, "num_steps": 20, "seed": 0, "verify": False, "progress": False}
+    first = flowvi.fit(two_modes, checkpoint=tmp_path, **options)
+    again = flowvi.fit(two_modes, checkpoint=tmp_path, **options)
+    assert first.config["weights"] == pytest.approx([0.5, 0.5], abs=0.02)
+    assert torch.equal(first.sample(50, seed=1)["z"], again.sample(50, seed=1)["z"])
+    assert again.config["weights"] == first.config["weights"]
+
+
+def test_ctrl_c_in_one_component_ends_the_mixture(monkeypatch):
+    real, calls = attempt_module.optimize, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        record = real(*args, **kwargs)
+        record.stopped = "interrupted"
+        return record
+
+    monkeypatch.setattr(attempt_module, "optimize", interrupted)
+    with pytest.warns(errors.InterruptedWarning):
+        posterior = flowvi.fit(two_modes, dim=2, num_flows=2, num_steps=20, seed=0, verify=False, progress=False)
+    assert len(calls) == 1
+    assert posterior.config["stopped"] == "interrupted"
+    assert posterior.config["weights"] == pytest.approx([0.5, 0.5], abs=0.02)

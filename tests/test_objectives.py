@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -311,3 +313,21 @@ def test_objectives_print_themselves():
     assert repr(flowvi.ELBO()) == "ELBO(num_particles=1)"
     assert repr(flowvi.PathELBO(8)) == "PathELBO(num_particles=8)"
     assert "LinearAnneal(num_steps=10000, start=0.01)" in repr(flowvi.AnnealedELBO())
+
+
+def test_the_score_of_the_last_draw_needs_no_inverse_and_is_never_stale(monkeypatch):
+    flow = random_flow()
+    z = flow.rsample((5,))
+    expected = flow.score(z.detach())  # another tensor: by the inverses
+    with monkeypatch.context() as patch:
+        patch.setattr(flowvi.transforms.PlanarStack, "inverse", pytest.fail)
+        assert torch.allclose(flow.score(z), expected, atol=1e-9)
+    with torch.no_grad():
+        next(flow.parameters()).add_(0.1)
+    assert torch.allclose(flow.score(z), flow.score(z.detach()), atol=1e-12)
+    assert not torch.allclose(flow.score(z), expected, atol=1e-3)
+    alive = weakref.ref(z)
+    copy.deepcopy(flow)
+    del z
+    gc.collect()
+    assert alive() is None

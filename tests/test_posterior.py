@@ -22,10 +22,11 @@ from flowvi.errors import (
     TargetError,
     UnknownFlowError,
 )
+from flowvi.files import write
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import AutoFlow
 from flowvi.posterior import History, Posterior
-from flowvi.storage import _write, load
+from flowvi.storage import load
 from flowvi.targets import as_density
 from flowvi.transforms import Affine, Radial, registry
 
@@ -632,7 +633,7 @@ def test_a_file_that_lacks_a_part_says_so(tmp_path):
     content = torch.load(path, weights_only=True)
     for name in ("format", "version", "digest", "target"):
         del content[name]
-    _write(path, content)
+    write(path, content)
     with pytest.raises(FileFormatError, match="lacks target"):
         load(path, gaussian().density)
 

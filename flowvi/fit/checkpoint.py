@@ -1,6 +1,6 @@
 """Checkpoints: a fit's whole state in a file, so that the same call goes on where a crash cut it off.
 
-The file is one of `flowvi.storage`: plain data, with a version and a checksum, read without running code from it. It
+The file is one of `flowvi.files`: plain data, with a version and a checksum, read without running code from it. It
 is written beside the old one, flushed to the disk, and then takes its place: at any moment there is one whole file.
 A phase of the fit hands in a function that gives its present state (`Checkpoint.keep`), and asks at its start
 for the state that a file had (`Checkpoint.take`).
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from flowvi._version import __version__
 from flowvi.errors import CheckpointWarning, FileFormatError, OptionError
+from flowvi.files import CHECKPOINT, digest, plain, read, write
 from flowvi.objectives import ELBO
-from flowvi.storage import CHECKPOINT, _digest, _plain, _read, _site_table, _write
+from flowvi.storage import site_table
 from flowvi.targets import LogDensity
 
 __all__ = ["Checkpoint", "describe", "whole_steps"]
@@ -74,7 +75,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            content = _read(self.path, CHECKPOINT)
+            content = read(self.path, CHECKPOINT)
         except Exception as error:  # whatever a damaged file can cause
             words = str(error) if isinstance(error, FileFormatError) else f"{self.path} can't be read ({error})."
             raise FileFormatError(f"{words} {self._afresh}") from error
@@ -151,14 +152,14 @@ class Checkpoint:
             "generators": {name: generator.get_state() for name, generator in self._generators.items()},
         }
         try:
-            plain = _plain(content)
+            data = plain(content)
         except TypeError as error:
             raise OptionError(
                 f"this flow's state can't be kept in a checkpoint ({error}): leave checkpoint out."
             ) from error
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path, plain, CHECKPOINT)
+            write(self.path, data, CHECKPOINT)
         except OSError as error:
             if not self._failed:
                 self._failed = True
@@ -219,14 +220,14 @@ def describe(density: LogDensity, seed: int | None, *settings: Any, **more: Any)
     """
     generator = torch.Generator().manual_seed(0)
     z = (2 * torch.rand(NUM_PROBES, density.dim, generator=generator, dtype=density.dtype) - 1).to(density.device)
-    arguments = _plain({"args": density.args, "kwargs": density.kwargs}, otherwise=_name)
+    arguments = plain({"args": density.args, "kwargs": density.kwargs}, otherwise=_name)
     call: dict[str, Any] = {
         "target": density.name,
         "dim": density.dim,
         "dtype": str(density.dtype).removeprefix("torch."),
         "device": density.device.type,
-        "sites": _site_table(density),
-        "arguments": _digest(arguments),
+        "sites": site_table(density),
+        "arguments": digest(arguments),
         "log_density": density.full(z).double().cpu(),
         "seed": seed,
     }
@@ -252,7 +253,7 @@ def compare(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
         if name == "log_density":
             if not _close(old, new, 1e-9 if present["dtype"] == "float64" else 1e-4):
                 differences.append("the target's log density has other values, so its data or its code changed")
-        elif _digest(old) != _digest(new):
+        elif digest(old) != digest(new):
             if name == "arguments":
                 differences.append("the model's arguments have other values")
             elif name == "sites":
@@ -279,7 +280,7 @@ def _word(value: Any, num_steps: int) -> Any:
         with suppress(Exception):
             return _name(value), [float(value(step)) for step in _some(num_steps)]
         return _name(value)
-    return _plain(value, otherwise=_name)
+    return plain(value, otherwise=_name)
 
 
 def _some(num_steps: int) -> list[int]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flowvi.conditional_flow import ConditionalFlow
-from flowvi.density_fit import DensityFit, DensityHistory, LogLikelihood, flow_at
+from flowvi.conditional_flow import ConditionalFlow, flow_at
+from flowvi.density_fit import DensityFit, DensityHistory, MeanLogProb
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
 from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.engine import Schedule
@@ -172,7 +172,7 @@ def fit_density(
     fit = DensityFit(q, config=config, timing=timing, history=record.history(), held_out=held_out, seed=seed)
     if held is not None and len(held.x) > 1:
         start = time.perf_counter()
-        score: LogLikelihood = fit.log_likelihood(held.x, held.context)
+        score: MeanLogProb = fit.log_likelihood(held.x, held.context)
         fit.timing["score"] = time.perf_counter() - start
         fit.config |= {"validation_mean": score.mean, "validation_se": score.standard_error}
     _report_trouble(record)
