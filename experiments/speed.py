@@ -143,7 +143,7 @@ def _notes(config: Config) -> list[str]:
         "slope: least squares through the larger half of a sweep's sizes, in logarithms.",
         "start: a new process for each number; the first step is a fit of one step, after the import, with compiled "
         "kernels in the disk cache.",
-        "No amortized flow is among the cases: flowvi has no amortized guide yet.",
+        "No amortized flow is among the cases.",
     ]
     if absent:
         notes.insert(-1, f"Not installed, so left out: {', '.join(absent)} (pip install 'flowvi[peers]').")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flowvi import energies, errors, transforms
+from flowvi import errors, transforms
 from flowvi._version import __version__
 from flowvi.compare import compare
 from flowvi.diagnostics import Diagnostics
@@ -18,7 +18,7 @@ from flowvi.storage import load
 from flowvi.targets import LogDensity, as_density
 
 if TYPE_CHECKING:
-    from flowvi import plotting
+    from flowvi import energies, plotting
     from flowvi.amortized import AmortizedGuide
     from flowvi.density_fit import DensityFit
     from flowvi.density_storage import load_density
@@ -62,6 +62,7 @@ __all__ = [
 _LATER = {
     "AmortizedGuide": "flowvi.amortized",
     "DensityFit": "flowvi.density_fit",
+    "energies": "flowvi.energies",
     "IWELBO": "flowvi.importance",
     "LogLikelihood": "flowvi.likelihood",
     "fit_density": "flowvi.fit.density",
@@ -76,7 +77,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'flowvi' has no attribute {name!r}")
     module = importlib.import_module(_LATER[name])
-    found = module if name == "plotting" else getattr(module, name)
+    found = module if name in ("energies", "plotting") else getattr(module, name)
     globals()[name] = found
     return found
 

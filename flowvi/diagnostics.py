@@ -26,7 +26,6 @@ Yao, Vehtari, Simpson, Gelman (2018), "Yes, but did it work? Evaluating variatio
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowvi.errors import DimensionError, OptionError
+from flowvi.errors import DimensionError
+from flowvi.psis import MIN_DRAWS, khat_limit, psis
 
 if TYPE_CHECKING:
     from flowvi.short_run import ShortRun
@@ -51,16 +51,12 @@ __all__ = [
     "psis",
 ]
 
-MIN_DRAWS = 100  # fewer leave PSIS without a tail to fit
 ESS_LIMIT = 0.2  # of the draws, as PSIS weights see them
 NONFINITE_LIMIT = 0.01  # of the draws
 FLAT_WEIGHT = 3.0  # times the mean: where no weight is larger, no tail of them matters
 SHIFT_LIMIT = 0.15  # of a mean in sds, or of an sd relative to itself, beyond two standard errors
 MISSED_LIMIT = 0.03  # nats of evidence, beyond three standard errors
 SETTLED = 1.2  # R-hat of the short HMC, below which its chains have forgotten where they began
-_UNDERFLOW = -700.0  # log weights this far below the largest are zero
-_FLAT = 1e-3  # log weights closer than this are equal: float32 rounding of log q at D = 1000 stays below
-
 _Array = NDArray[np.float64]
 
 
@@ -137,20 +133,6 @@ class Diagnostics:
         return f"{self.numbers()}\n{self.verdict}"
 
 
-def khat_limit(num_samples: int) -> float:
-    """The largest k-hat to rely on: min(1 - 1 / log10(S), 0.7).
-
-    Source: Vehtari et al. (2024), section 3.2.4.
-
-    Args:
-        num_samples: S, the number of draws.
-
-    Returns:
-        The limit, 0.7 from S = 2155 on.
-    """
-    return min(1 - 1 / float(np.log10(num_samples)), 0.7)
-
-
 def gap_limit(dim: int) -> float:
     """The largest KL(q || p) in nats to call small: min(0.05 + 0.01 D, 0.7).
 
@@ -164,47 +146,6 @@ def gap_limit(dim: int) -> float:
         The limit in nats.
     """
     return min(0.05 + 0.01 * dim, 0.7)
-
-
-def psis(log_weights: _Array, *, backend: str | None = None) -> tuple[_Array, float]:
-    """Pareto-smoothed, normalized log weights and k-hat, by ArviZ.
-
-    Equal weights have no tail to fit (ArviZ calls that infinite, or an error): here k-hat is 0. Weights of
-    zero are allowed.
-
-    Args:
-        log_weights: Log weights (S,), finite or -inf.
-        backend: "arviz_stats" (the parts of ArviZ 1.x) or "arviz" (0.x). None takes what is installed, the
-            former first, because it is quicker to import.
-
-    Returns:
-        The smoothed log weights (S,), whose exponentials sum to 1, and k-hat.
-
-    Raises:
-        DimensionError: Not one-dimensional, or fewer than 100 weights.
-        OptionError: The backend is neither of the two, or can't be imported; or no weight is above zero, or one
-            is NaN.
-    """
-    log_w = np.array(log_weights, dtype=np.float64)
-    if log_w.ndim != 1 or log_w.size < MIN_DRAWS:
-        raise DimensionError(
-            f"log_weights must have shape (S,) with S >= {MIN_DRAWS}, got {log_w.shape}: draw more samples."
-        )
-    function = _find_psis(backend)
-    top = log_w.max()
-    if not np.isfinite(top):
-        raise OptionError("log_weights must be finite or -inf, and not all of them -inf.")
-    # ArviZ takes exponentials: what is zero in them can't be a part of the tail, and -inf would become NaN
-    positive = log_w > top + _UNDERFLOW
-    tail = int(np.ceil(min(0.2 * log_w.size, 3 * log_w.size**0.5))) + 1
-    if positive.sum() <= tail:
-        return _normalize(log_w), np.inf
-    if top - np.partition(log_w, -tail)[-tail] < _FLAT:
-        return _normalize(log_w), 0.0
-    smoothed, khat = function(np.where(positive, log_w, top + _UNDERFLOW))
-    if not np.isfinite(smoothed).all():  # a fitted tail of almost equal weights can degenerate: leave them as they are
-        return _normalize(log_w), float(khat)
-    return np.where(positive, smoothed, -np.inf), float(khat)
 
 
 def j_limit(dim: int) -> float:
@@ -418,32 +359,6 @@ def _bad_moves(d: Diagnostics, limit: float) -> list[str]:
     if bad:
         bad.append("refine() goes on with that HMC until it has settled; more flows or a longer fit may do as well.")
     return bad
-
-
-def _find_psis(backend: str | None) -> Any:
-    """A function log weights (S,) -> (smoothed and normalized (S,), k-hat), from the ArviZ at hand."""
-    choices = ("arviz_stats", "arviz")
-    if backend is not None and backend not in choices:
-        raise OptionError(f"backend must be one of {', '.join(choices)} or None, got {backend!r}.")
-    problem: Exception | None = None
-    for name in choices if backend is None else (backend,):
-        try:
-            module = importlib.import_module("arviz_stats.base" if name == "arviz_stats" else "arviz")
-        except Exception as error:  # ArviZ 0.23 dies of an AttributeError beside an older arviz-plots
-            problem = error
-            continue
-        if name == "arviz_stats":
-            # it takes log likelihoods, and smooths the weights 1 / likelihood
-            return lambda log_w, function=module.array_stats.psislw: function(-log_w)
-        if hasattr(module, "psislw"):
-            return module.psislw
-    raise OptionError(f"PSIS needs ArviZ: pip install arviz, or arviz-stats. ({problem!r})") from problem
-
-
-def _normalize(log_w: _Array) -> _Array:
-    """Log weights minus their log sum."""
-    top = log_w.max()
-    return log_w - top - np.log(np.exp(log_w - top).sum())
 
 
 def _pm(value: float, error: float) -> str:

@@ -18,10 +18,10 @@ import numpy as np
 from torch.distributions import constraints
 
 from flowvi import plane
-from flowvi.diagnostics import khat_limit, psis
 from flowvi.errors import FlowVIError, OptionError
 from flowvi.flow import Flow
 from flowvi.posterior import Posterior, _generator
+from flowvi.psis import khat_limit, psis
 from flowvi.refined import RefinedPosterior
 
 if TYPE_CHECKING:

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.diagnostics import Diagnostics, judge, psis
+from flowvi.diagnostics import Diagnostics, judge
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
+from flowvi.psis import psis
 from flowvi.short_run import ShortRun, symmetric_kl
+from flowvi.table import PERCENTS, table
 from flowvi.threads import one_thread_if_small
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["History", "Posterior"]
 
-_PERCENTS = (5, 50, 95)
-_MAX_ROWS = 30  # of the printed table
 _CHUNK_ELEMENTS = 2**21  # of z at a time, however many draws are asked for
 _SUMMARY_ELEMENTS = 2**23  # of the draws behind mean, std and quantiles
 _MAX_HMC_DIM = 2000  # of the short HMC
@@ -363,7 +363,7 @@ class Posterior:
             [
                 f"Posterior of {self.density.name}, D = {self.density.dim}",
                 "",
-                *self._table(),
+                *table(self.mean(), self.std(), self.quantiles([p / 100 for p in PERCENTS])),
                 "",
                 diagnosis.numbers(),
                 diagnosis.verdict,
@@ -371,30 +371,14 @@ class Posterior:
             ]
         )
 
-    def _table(self) -> list[str]:
-        """Site by site and element by element: mean, sd and quantiles."""
-        mean, std = self.mean(), self.std()
-        quantiles = self.quantiles([p / 100 for p in _PERCENTS])
-        rows = [["site", "mean", "sd", *(f"{p}%" for p in _PERCENTS)]]
-        total = sum(value.numel() for value in mean.values())
-        for name, value in mean.items():
-            columns = torch.stack([value, std[name], *quantiles[name]], -1)
-            columns = columns.reshape(value.numel(), 2 + len(_PERCENTS))
-            for i in range(min(len(columns), _MAX_ROWS + 1 - len(rows))):
-                label = ",".join(str(int(k)) for k in np.unravel_index(i, tuple(value.shape)))
-                rows.append([f"{name}[{label}]" if label else name, *_numbers(columns[i].tolist())])
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in range(1, len(row)))]) for row in rows
-        ]
-        return lines + ([f"... {total - len(rows) + 1} more"] if total >= len(rows) else [])
-
     def _made_by(self, short: bool = False) -> str:
         """The flow and, unless short, steps, particles, annealing and seconds, as far as they are known."""
         spec, config = self.flow.spec, self.config
         name = str(config.get("flow", "a flow of your own") if spec is None else spec.name)
         count = config.get("num_flows") if spec is None else spec.num_flows
         words = [name if count is None else f"{name} K = {count}"]
+        if "weights" in config:
+            words = [f"{len(config['weights'])} x {config['flow']} K = {config['num_flows']}"]
         if short:
             return words[0]
         if config.get("num_steps") is not None:
@@ -558,12 +542,3 @@ def _generator(seed: int | None, purpose: str, device: torch.device | str) -> to
 def _check_count(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-
-
-def _numbers(values: Sequence[float]) -> list[str]:
-    """Mean, sd and quantiles as text, to three digits of the sd."""
-    sd = values[1]
-    if not 1e-5 <= sd < 1e7:
-        return [f"{value:.4g}" for value in values]
-    digits = max(0, 2 - math.floor(math.log10(sd)))
-    return [f"{value:.{digits}f}" for value in values]

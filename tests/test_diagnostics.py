@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from flowvi.diagnostics import Diagnostics, _verdict, gap_limit, judge, khat_limit, psis
+from flowvi.diagnostics import Diagnostics, _verdict, gap_limit, judge
 from flowvi.errors import DimensionError, OptionError
+from flowvi.psis import khat_limit, psis
 from flowvi.short_run import ShortRun
 
 BACKENDS = ["arviz_stats", "arviz"]
