@@ -337,7 +337,10 @@ def _notes(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Each fit's worst error against its k-hat and its gap, and J where there is one; filled where trusted."""
+    """Each fit's worst error against its k-hat and its gap, and J where there is one; filled where trusted.
+
+    A point beyond the edge is drawn on it.
+    """
     from matplotlib.figure import Figure
 
     names = [("khat", "k-hat"), ("gap", "log evidence - ELBO, nats")]
@@ -353,8 +356,8 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
             fine = np.isfinite(x) & np.isfinite(y)
             face = colour if trusted else "none"
             axes.scatter(
-                x[fine],
-                y[fine].clip(-1 if name == "khat" else 1e-4),
+                x[fine].clip(1e-3, 3),
+                y[fine].clip(*((-1, 3) if name == "khat" else (1e-4, 1e3))),
                 18,
                 label=words,
                 facecolors=face,
@@ -365,5 +368,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_yscale("log")
         for limit in (RIGHT, WRONG):
             axes.axvline(limit, color="0.6", linewidth=0.8, linestyle=":")
+        for place, words in ((RIGHT / 10, "right"), ((RIGHT * WRONG) ** 0.5, "between"), (WRONG * 4, "wrong")):
+            axes.text(place, 1.01, words, ha="center", transform=axes.get_xaxis_transform(), fontsize="small")
     grid[0].legend(frameon=False)
     return figure

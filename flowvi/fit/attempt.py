@@ -13,7 +13,7 @@ import torch
 from flowvi.fit.checkpoint import Checkpoint
 from flowvi.fit.engine import Record, Schedule, optimize, saved_schedule, seconds_per_step
 from flowvi.fit.labels import label_switching
-from flowvi.fit.modes import Mode, distinct, fit_mixture, starts_evidence
+from flowvi.fit.modes import Mode, fit_mixture, survey
 from flowvi.fit.paths import connected
 from flowvi.fit.rounds import ROUND_STEPS, SECONDS, Check, as_plain, run_rounds
 from flowvi.fit.whiten import Gaussian, Start, whiten
@@ -206,8 +206,7 @@ class Trial:
         start = time.perf_counter()
         generator = torch.Generator(self.density.device).manual_seed(self.seed + 1)  # a resumed trial finds the same
         starts = (self.gaussian, *self.gaussian.starts)
-        self.decided["starts_log_evidence"] = starts_evidence(starts, self.density, generator)
-        self.modes = distinct(starts, self.density, generator)
+        self.decided["starts_log_evidence"], self.modes = survey(starts, self.density, generator)
         self.groups = connected(self.modes, self.density) if len(self.modes) > 1 else [[0]]
         self.decided["modes"] = len(self.groups)
         self._took("modes", start)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from flowvi.flow import Flow
 from flowvi.mixture import MixtureFlow
 from flowvi.targets import LogDensity
 
-__all__ = ["MixtureFit", "Mode", "distinct", "fit_mixture", "set_weights", "starts_evidence"]
+__all__ = ["MixtureFit", "Mode", "distinct", "fit_mixture", "set_weights", "starts_evidence", "survey"]
 
 NUM_DRAWS = 8192
 MIN_SHARE = 1e-3
@@ -115,7 +116,38 @@ def _log_p(density: LogDensity, z: Tensor) -> Tensor:
     return torch.where(log_p.isfinite(), log_p, -math.inf)
 
 
+class _Draws(NamedTuple):
+    """Draws of the equal mixture of all usable starts, and their densities."""
+
+    usable: list[Start]
+    gaussians: _Gaussians
+    log_g: Tensor
+    """log g of each Gaussian at each draw (S, R)."""
+    log_p: Tensor
+    log_w: Tensor
+    """log p minus the log density of the mixture (S,)."""
+
+
 @torch.no_grad()
+def _draw(starts: Sequence[Start], density: LogDensity, generator: torch.Generator, num: int) -> _Draws | None:
+    """None where no start ended anywhere."""
+    usable = _usable(starts)
+    if not usable:
+        return None
+    gaussians = _Gaussians(usable)
+    z = gaussians.sample(num, generator)
+    log_g, log_p = gaussians.log_prob(z), _log_p(density, z)
+    return _Draws(usable, gaussians, log_g, log_p, log_p - torch.logsumexp(log_g, 1) + math.log(len(usable)))
+
+
+def survey(
+    starts: Sequence[Start], density: LogDensity, generator: torch.Generator, num: int = NUM_DRAWS
+) -> tuple[tuple[float, float], tuple[Mode, ...]]:
+    """`starts_evidence` and `distinct` from the same draws."""
+    draws = _draw(starts, density, generator, num)
+    return _evidence(draws), _distinct(draws, MIN_SHARE)
+
+
 def starts_evidence(
     starts: Sequence[Start], density: LogDensity, generator: torch.Generator, num: int = NUM_DRAWS
 ) -> tuple[float, float]:
@@ -133,22 +165,20 @@ def starts_evidence(
     Returns:
         The log evidence and its standard error; (-inf, inf) where nothing was finite.
     """
-    usable = _usable(starts)
-    if not usable:
-        return -math.inf, math.inf
-    gaussians = _Gaussians(usable)
-    z = gaussians.sample(num, generator)
-    log_w = _log_p(density, z) - torch.logsumexp(gaussians.log_prob(z), 1) + math.log(len(usable))
-    top = float(log_w.max())
-    if not math.isfinite(top):
+    return _evidence(_draw(starts, density, generator, num))
+
+
+def _evidence(draws: _Draws | None) -> tuple[float, float]:
+    top = -math.inf if draws is None else float(draws.log_w.max())
+    if draws is None or not math.isfinite(top):
         return -math.inf, math.inf
     # the draws are stratified: only the spread within each Gaussian's draws is noise
-    w = (log_w - top).exp().view(len(usable), -1)
-    variance = w.var(1).sum() / (w.shape[1] * len(usable) ** 2)
+    size = len(draws.usable)
+    w = (draws.log_w - top).exp().view(size, -1)
+    variance = w.var(1).sum() / (w.shape[1] * size**2)
     return top + math.log(float(w.mean())), float(variance.sqrt() / w.mean())
 
 
-@torch.no_grad()
 def distinct(
     starts: Sequence[Start],
     density: LogDensity,
@@ -172,17 +202,16 @@ def distinct(
     Returns:
         At least one, if any start has a finite ELBO; else none.
     """
-    usable = _usable(starts)
-    if not usable:
+    return _distinct(_draw(starts, density, generator, num), min_share)
+
+
+def _distinct(draws: _Draws | None, min_share: float) -> tuple[Mode, ...]:
+    if draws is None:
         return ()
-    gaussians = _Gaussians(usable)
+    usable, gaussians, log_g, log_p, log_w = draws
     elbo = torch.tensor([s.elbo for s in usable], dtype=torch.float64)
-    z = gaussians.sample(num, generator)
-    log_g = gaussians.log_prob(z)
-    log_p = _log_p(density, z)
-    log_w = log_p - torch.logsumexp(log_g, 1)
     weights = torch.softmax(log_w, 0) if bool(log_w.isfinite().any()) else torch.full_like(log_w, 1 / len(log_w))
-    log_z = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w) / len(usable))
+    log_z = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w))
     radius = NEAR + NEAR_PER_ROOT_DIM * gaussians.dim**0.5
     kept, count = [0], [1]
     for i in range(1, len(usable)):
