@@ -23,6 +23,7 @@ from pyro.infer.enum import get_importance_trace
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from flowvi.checks import positive_integers
 from flowvi.errors import OptionError, TargetError
 from flowvi.objectives import path_log_prob
 
@@ -107,8 +108,7 @@ class IWELBO(PyroELBO):
         plate: str | None = None,
         max_plate_nesting: float = math.inf,
     ) -> None:
-        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-            raise OptionError(f"num_samples must be a positive integer, not {num_samples!r}.")
+        positive_integers(num_samples=num_samples)
         super().__init__(num_particles=num_samples, max_plate_nesting=max_plate_nesting)
         self.num_samples, self.dreg, self.plate = num_samples, dreg, plate
         self._checked = False

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowvi.checks import positive_integers, positive_integers_or_none
 from flowvi.errors import OptionError, TargetError
 from flowvi.importance import IWELBO
 
@@ -101,10 +102,8 @@ def log_likelihood(
         >>> round(found.mean, 3)  # N(0; 0, 2)
         -1.266
     """
-    numbers = {"num_importance_samples": num_importance_samples, "batch_size": batch_size, "chunk_size": chunk_size}
-    for what, value in numbers.items():
-        if (value is not None or what != "chunk_size") and not (isinstance(value, int) and value > 0):
-            raise OptionError(f"{what} must be a positive integer, not {value!r}.")
+    positive_integers(num_importance_samples=num_importance_samples, batch_size=batch_size)
+    positive_integers_or_none(chunk_size=chunk_size)
     data = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), None)
     if data is None:
         raise OptionError("there is no tensor among the arguments: give log_likelihood the data as the model takes it.")

@@ -222,7 +222,7 @@ def test_householder_at_a_zero_vector_and_bad_arguments():
     assert all(torch.isfinite(p.grad).all() for p in t.parameters())
     with pytest.raises(OptionError, match="D = 1"):
         conditional_householder(1, 2)
-    with pytest.raises(OptionError, match="pairs of reflections must be a positive integer"):
+    with pytest.raises(OptionError, match="num_pairs must be a positive integer"):
         Householder(3, 0)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from flowvi.checks import positive_integers_or_none, positive_numbers_or_none
 from flowvi.conditional_flow import ConditionalFlow, flow_at
 from flowvi.density_fit import DensityFit, DensityHistory, MeanLogProb
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
@@ -23,7 +24,7 @@ from flowvi.fit.rows import Rows, Scaling, as_rows, split
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
 from flowvi.threads import one_thread_if_small
-from flowvi.transforms.registry import lookup
+from flowvi.transforms.registry import FlowEntry, lookup
 
 __all__ = ["fit_density"]
 
@@ -32,7 +33,6 @@ BATCH_SIZE = 512
 LR = 5e-3
 LR_SHALLOW = 2e-2  # of fused stacks, which have few parameters and no network
 PATIENCE = 40
-FEW_FLOWS = 4  # of a factory without a registered name
 CHECKS = 100  # of the held-out rows, in the course of a fit
 CHECKED_ROWS = 10_000  # held-out rows at most for one check; the final score takes all
 
@@ -106,13 +106,10 @@ def fit_density(
         >>> fit.sample(10).shape, fit.log_prob(x).shape
         (torch.Size([10, 2]), torch.Size([500]))
     """
-    for name, count in (("num_steps", num_steps), ("num_epochs", num_epochs), ("batch_size", batch_size)):
-        _check_positive_integer(name, count)
-    _check_positive_integer("patience", patience)
+    positive_integers_or_none(num_steps=num_steps, num_epochs=num_epochs, batch_size=batch_size, patience=patience)
+    positive_numbers_or_none(lr=lr)
     if num_steps is not None and num_epochs is not None:
         raise OptionError("give num_steps or num_epochs, not both.")
-    if lr is not None and not (isinstance(lr, int | float) and 0 < lr < math.inf):
-        raise OptionError(f"lr must be a positive number or None, not {lr!r}.")
     seed = secrets.randbits(31) if seed is None else seed
     rows = as_rows("x", x, dtype, device)
     data = Rows(rows, None if context is None else as_rows("context", context, rows.dtype, rows.device, len(rows)))
@@ -121,12 +118,12 @@ def fit_density(
     scaling = Scaling.of(train)
 
     dim, context_dim = data.x.shape[1], 0 if data.context is None else data.context.shape[1]
-    entry = lookup(flow) if isinstance(flow, str) else None
+    entry, factory = (lookup(flow), None) if isinstance(flow, str) else (FlowEntry(flow), flow)
     if num_flows is None:
-        num_flows = FEW_FLOWS if entry is None else entry.num_flows
+        num_flows = entry.num_flows
     label = flow if isinstance(flow, str) else getattr(flow, "__name__", type(flow).__name__)
     spec = FlowSpec(label, dim, num_flows, base or default_base(dim), options)
-    q = _start(spec, context_dim, None if entry else flow, data.x, seed)
+    q = _start(spec, context_dim, factory, data.x, seed)
 
     batch_size = min(batch_size or BATCH_SIZE, len(train.x))
     per_epoch = len(train.x) // batch_size
@@ -338,8 +335,3 @@ def _report_trouble(record: Record) -> None:
             ),
             stacklevel=3,
         )
-
-
-def _check_positive_integer(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise OptionError(f"{name} must be a positive integer or None, not {value!r}.")

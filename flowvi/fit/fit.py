@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flowvi.checks import positive_integers_or_none, positive_numbers_or_none
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError, UntrustedWarning
 from flowvi.fit.attempt import Attempt, Family, Plan, Trial
 from flowvi.fit.checkpoint import Checkpoint, describe
@@ -123,8 +124,8 @@ def fit(
         >>> posterior.sample(10)["z"].shape
         torch.Size([10, 2])
     """
-    _check_counts(num_steps=num_steps, num_particles=num_particles, restarts=restarts)
-    _check_positive(lr=lr, time_limit=time_limit, checkpoint_every=checkpoint_every)
+    positive_integers_or_none(num_steps=num_steps, num_particles=num_particles, restarts=restarts)
+    positive_numbers_or_none(lr=lr, time_limit=time_limit, checkpoint_every=checkpoint_every)
     if compile not in (None, True, False, "auto"):
         raise OptionError(f"compile must be 'auto', True, False or None, not {compile!r}.")
     if objective is not None and (num_particles is not None or anneal is not None):
@@ -252,15 +253,3 @@ def _report_trouble(record: Record, num_particles: int) -> None:
             ),
             stacklevel=3,
         )
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise OptionError(f"{name} must be a positive integer or None, not {value!r}.")
-
-
-def _check_positive(**numbers: float | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise OptionError(f"{name} must be a positive number or None, not {value!r}.")

@@ -31,8 +31,9 @@ GOAL_PER_DIM, GOAL_PER_DIM_WHITENED = 4e-4, 1.5e-3
 
 An energy is a picture, and its KL is the result; for a model this means errors of about .03 sd."""
 
-GAUSSIAN_GOAL = 1e-3
-"""The gap below which the Gaussian is the answer: an error of about .03 sd, if all of it were in one coordinate."""
+GAUSSIAN_GOAL_PER_DIM = 1e-3
+"""The same for the Gaussian to be the answer; of the six reference posteriors in `experiments truth` two are below it,
+where its means and sds are within .02 of the truth, and the others above, where an sd is up to .15 off."""
 
 CLOSE = 0.5
 """The gap below which the Gaussian is close enough for annealing to do harm, whatever the starts said."""
@@ -166,7 +167,7 @@ def run_rounds(
         num_flows = FIRST
         if whitened:
             checks.append(check(flow, density, generator, num_steps=0, seconds=0.0))
-            if checks[0].reaches(GAUSSIAN_GOAL):
+            if checks[0].reaches(GAUSSIAN_GOAL_PER_DIM * flow.dim):
                 record.stopped = "the Gaussian is the answer"
                 return flow, record, checks
     if whitened and checks[0].reaches(CLOSE):

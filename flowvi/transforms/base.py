@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform as TorchTransform
 
+from flowvi.checks import positive_integers
 from flowvi.errors import DimensionError, OptionError
 
 
@@ -240,8 +241,7 @@ class Transform(InvertibleMap, TransformModule):
     """
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
-        if not isinstance(input_dim, int) or isinstance(input_dim, bool) or input_dim < 1:
-            raise OptionError(f"input_dim must be a positive integer, not {input_dim!r}.")
+        positive_integers(input_dim=input_dim)
         super().__init__(cache_size=cache_size)
         self.input_dim = input_dim
 

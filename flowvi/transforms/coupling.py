@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flowvi.errors import OptionError
+from flowvi.checks import positive_integers
 from flowvi.transforms.elementwise import Additive, Elementwise, SoftClippedAffine
 from flowvi.transforms.mixing import Mixing, make_mixing
 from flowvi.transforms.networked import ConditionalNetworkTransform, NetworkTransform
@@ -64,8 +64,7 @@ class Coupling(NetworkTransform):
         context_dim: int = 0,
     ) -> None:
         super().__init__(input_dim, context_dim=context_dim)
-        if not isinstance(num_flows, int) or num_flows < 1:
-            raise OptionError(f"num_flows must be a positive integer, not {num_flows!r}.")
+        positive_integers(num_flows=num_flows)
         self.elementwise, self.num_flows = elementwise, num_flows
         self.activation = activation
         self._sizes = input_dim // 2, input_dim - input_dim // 2

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowvi.checks import layer_sizes
 from flowvi.errors import OptionError
 from flowvi.transforms.networks import ACTIVATIONS
 
@@ -79,8 +80,7 @@ class MaskedNetwork(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise OptionError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
-        if any(not isinstance(h, int) or isinstance(h, bool) or h < 1 for h in hidden_dims):
-            raise OptionError(f"hidden_dims must be positive integers, not {tuple(hidden_dims)!r}.")
+        layer_sizes(hidden_dims)
         self.input_dim, self.num_params, self.context_dim, self.activation = (
             input_dim,
             num_params,

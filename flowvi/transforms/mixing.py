@@ -17,6 +17,7 @@ import torch
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
+from flowvi.checks import positive_integers
 from flowvi.errors import OptionError
 from flowvi.transforms.base import Conditioned, Transform
 from flowvi.transforms.planar import hypernetwork
@@ -146,8 +147,7 @@ class Householder(Transform):
 
     def __init__(self, input_dim: int, num_pairs: int = 1) -> None:
         super().__init__(input_dim)
-        if not isinstance(num_pairs, int) or num_pairs < 1:
-            raise OptionError(f"the number of pairs of reflections must be a positive integer, not {num_pairs!r}.")
+        positive_integers(num_pairs=num_pairs)
         _check_dimension(input_dim)
         start = _unit_vectors(num_pairs, input_dim)
         self.v = nn.Parameter(start)

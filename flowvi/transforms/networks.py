@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowvi.checks import layer_sizes
 from flowvi.errors import OptionError
 
 # name -> (the function, in-place form, g * act'(.) from g and the output h): a tape of outputs is enough for all three
@@ -58,8 +59,7 @@ class DenseNetwork(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise OptionError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
-        if any(not isinstance(h, int) or h < 1 for h in hidden_dims):
-            raise OptionError(f"hidden_dims must be positive integers, not {tuple(hidden_dims)!r}.")
+        layer_sizes(hidden_dims)
         self.input_dim, self.output_dim, self.context_dim = input_dim, output_dim, context_dim
         self.activation = activation
         if input_dim + context_dim == 0:

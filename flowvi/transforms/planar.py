@@ -16,6 +16,7 @@ from pyro.nn import DenseNN
 from torch import Tensor, nn
 
 from flowvi import kernels
+from flowvi.checks import positive_integers
 from flowvi.errors import OptionError
 from flowvi.kernels import planar as math_
 from flowvi.transforms.base import Conditioned, Transform
@@ -129,8 +130,7 @@ class PlanarStack(Transform):
 
     def __init__(self, input_dim: int, num_flows: int = 16, *, constraint: str = "squareplus") -> None:
         super().__init__(input_dim)
-        if not isinstance(num_flows, int) or num_flows < 1:
-            raise OptionError(f"num_flows must be a positive integer, not {num_flows!r}.")
+        positive_integers(num_flows=num_flows)
         self.num_flows = num_flows
         self.constraint = _check_constraint(constraint)
         self.w = nn.Parameter(_random_directions(num_flows, input_dim))

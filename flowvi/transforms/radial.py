@@ -14,7 +14,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
 from flowvi import kernels
-from flowvi.errors import OptionError
+from flowvi.checks import positive_integers
 from flowvi.kernels import radial as math_
 from flowvi.transforms.base import Conditioned, Transform
 from flowvi.transforms.planar import hypernetwork
@@ -86,8 +86,7 @@ class RadialStack(Transform):
 
     def __init__(self, input_dim: int, num_flows: int = 16) -> None:
         super().__init__(input_dim)
-        if not isinstance(num_flows, int) or num_flows < 1:
-            raise OptionError(f"num_flows must be a positive integer, not {num_flows!r}.")
+        positive_integers(num_flows=num_flows)
         self.num_flows = num_flows
         self.z0 = nn.Parameter(torch.randn(num_flows, input_dim))
         self.raw_alpha = nn.Parameter(torch.zeros(num_flows))

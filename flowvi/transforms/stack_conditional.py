@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from flowvi import kernels
-from flowvi.errors import OptionError
+from flowvi.checks import positive_integers
 from flowvi.transforms.base import Conditioned
 from flowvi.transforms.planar import _check_constraint, _random_directions
 
@@ -199,7 +199,7 @@ def conditional_planar_stack(
     Raises:
         OptionError: num_flows or constraint can't be used.
     """
-    _check_count(num_flows)
+    positive_integers(num_flows=num_flows)
     options = {"constraint": _check_constraint(constraint)}
     starts = [_random_directions(num_flows, input_dim), torch.zeros(num_flows, input_dim), torch.randn(num_flows)]
     return ConditionalStack(ParameterNetwork(context_dim, hidden_dims, starts), _PlanarLayers, **options)
@@ -219,11 +219,6 @@ def conditional_radial_stack(
     Raises:
         OptionError: num_flows can't be used.
     """
-    _check_count(num_flows)
+    positive_integers(num_flows=num_flows)
     starts = [torch.randn(num_flows, input_dim), torch.zeros(num_flows), torch.zeros(num_flows)]
     return ConditionalStack(ParameterNetwork(context_dim, hidden_dims, starts), _RadialLayers)
-
-
-def _check_count(num_flows: int) -> None:
-    if not isinstance(num_flows, int) or isinstance(num_flows, bool) or num_flows < 1:
-        raise OptionError(f"num_flows must be a positive integer, not {num_flows!r}.")

@@ -34,6 +34,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
 from flowvi import kernels
+from flowvi.checks import positive_integers
 from flowvi.errors import OptionError
 from flowvi.transforms.base import Conditioned, Transform
 from flowvi.transforms.planar import hypernetwork
@@ -154,8 +155,7 @@ class SylvesterStack(Transform):
         num_reflections: int | None = None,
     ) -> None:
         super().__init__(input_dim)
-        if not isinstance(num_flows, int) or num_flows < 1:
-            raise OptionError(f"num_flows must be a positive integer, not {num_flows!r}.")
+        positive_integers(num_flows=num_flows)
         self.num_flows = num_flows
         plans = [_plan(input_dim, kind, num_neurons, num_reflections, flip=False) for _ in range(num_flows)]
         self._options = plans[0][1] | {"flip": torch.arange(num_flows) % 2 == 1}
