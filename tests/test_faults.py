@@ -213,6 +213,22 @@ def test_ctrl_c_in_the_verification_keeps_the_fit(monkeypatch):
     assert_right(posterior, *exact(data()))
 
 
+# A full disk. (Checkpoints have their own tests.)
+
+
+def test_a_kernel_runs_where_there_is_no_room_to_keep_it(monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    jit = pytest.importorskip("flowvi.kernels.compiled.jit", exc_type=ImportError)
+    monkeypatch.setattr(os, "replace", full)
+    assert jit.kernel(twice)(3.0) == 6.0
+
+
+def twice(x):
+    return 2.0 * x
+
+
 # Threads and processes.
 
 

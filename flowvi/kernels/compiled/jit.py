@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,17 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile at the first call, or load what an earlier process compiled."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(SUMS)}
     try:
-        return numba.njit(cache=True, **options)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder that can be written to: every process compiles for itself
         return numba.njit(**options)(function)
+    save = compiled._cache.save_overload
+
+    def save_if_there_is_room(*args: Any) -> None:
+        with suppress(OSError):  # a full disk costs later processes their time, not this one its work
+            save(*args)
+
+    compiled._cache.save_overload = save_if_there_is_room
+    return compiled
 
 
 def helper(fastmath: frozenset[str] = SUMS) -> Callable[[Callable[..., Any]], Any]:
