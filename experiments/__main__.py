@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments list | fig1 | fig3 | density | speed | flow_length | truth | verdict`."""
+"""The command line: `python -m experiments list | fig1 | fig3 | density | speed | truth | large | verdict | ...`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from experiments import density, fig1, fig3, flow_length, gallery, speed, truth, verdict
+from experiments import calibration, density, fig1, fig3, flow_length, gallery, large, mnist, speed, truth, verdict
 from experiments.report import INSTALL, Report
 from flowvi.errors import FlowVIError
 
@@ -39,8 +39,11 @@ MAKES = {
     "density": density.TITLE,
     "speed": speed.TITLE,
     "flow_length": flow_length.TITLE,
+    "mnist": mnist.TITLE,
     "truth": truth.TITLE,
+    "large": large.TITLE,
     "verdict": verdict.TITLE,
+    "calibration": calibration.TITLE,
 }
 
 
@@ -111,6 +114,33 @@ def run_truth(  # noqa: D103 (its help is above)
     _finish(lambda: truth.run(config, folder, references), folder, quick)
 
 
+@app.command("large", help=large.TITLE)
+def run_large(  # noqa: D103 (its help is above)
+    quick: Quick = False,
+    seed: Seed = 0,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(large.MODELS)}; again for more.", show_default="all"),
+    ] = None,
+    make_references: Annotated[
+        bool, typer.Option("--make-references", help="Only run long NUTS anew (needs NumPyro), for minutes.")
+    ] = False,
+    out: Out = None,
+) -> None:
+    if make_references:
+        try:
+            typer.echo(f"wrote {large.make_references()}")
+        except FlowVIError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        return
+    config = large.Config.quick(seed) if quick else large.Config(seed)
+    if model:
+        config = dataclasses.replace(config, models=tuple(model))
+    folder = _folder("large", out, quick)
+    _finish(lambda: large.run(config, folder), folder, quick)
+
+
 @app.command("verdict", help=verdict.TITLE)
 def run_verdict(  # noqa: D103 (its help is above)
     quick: Quick = False,
@@ -126,6 +156,41 @@ def run_verdict(  # noqa: D103 (its help is above)
     config = dataclasses.replace(config, time_limit=time_limit, num_targets=num_targets or config.num_targets)
     folder = _folder("verdict", out, quick)
     _finish(lambda: verdict.run(config, folder), folder, quick)
+
+
+@app.command("mnist", help=mnist.TITLE)
+def run_mnist(  # noqa: D103 (its help is above)
+    quick: Quick = False,
+    seed: Seed = 0,
+    data_dir: Annotated[Path | None, typer.Option(help="The folder of the data.", show_default="download")] = None,
+    config: Annotated[str, typer.Option(help="How to learn: 'tuned', or 'paper'.")] = "tuned",
+    updates: Annotated[
+        int | None, typer.Option(min=1, help="Of each fit.", show_default="32,000 (tuned), 500,000 (paper)")
+    ] = None,
+    num_flows: Annotated[
+        list[int] | None, typer.Option(help="A length K, again for more.", show_default="0, 10, 20, 40, 80")
+    ] = None,
+    nice: Annotated[bool, typer.Option("--nice", help="NICE flows of these lengths in place of planar ones.")] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Binarize anew at every use, not once.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Take rows that are there, go on with fits.")] = False,
+    out: Out = None,
+) -> None:
+    chosen = mnist.Config.quick(seed) if quick else mnist.Config(seed=seed)
+    lengths = tuple(num_flows) if num_flows else chosen.lengths
+    folder = _folder("mnist", out, quick)
+
+    def work() -> Report:
+        changed = dataclasses.replace(
+            chosen,
+            config=config,
+            updates=updates or chosen.updates,
+            lengths=() if nice else lengths,
+            nice=tuple(k for k in lengths if k) if nice else (),
+            binarization="dynamic" if dynamic else "static",
+        )
+        return mnist.run(changed, folder, data_dir, resume=resume)
+
+    _finish(work, folder, quick)
 
 
 @app.command("flow_length", help=flow_length.TITLE)
@@ -145,6 +210,12 @@ def run_flow_length(  # noqa: D103 (its help is above)
     config = config.changed(seeds, num_steps, references is not None)
     folder = _folder("flow_length", out, quick)
     _finish(lambda: flow_length.run(config, folder, references, workers), folder, quick)
+
+
+@app.command("calibration", help=calibration.TITLE)
+def run_calibration(quick: Quick = False, seed: Seed = 0, out: Out = None) -> None:  # noqa: D103 (its help is above)
+    config = calibration.Config.quick(seed) if quick else calibration.Config(seed=seed)
+    _finish(lambda: calibration.run(config), out, quick)
 
 
 @app.command("gallery", help=gallery.TITLE)

@@ -37,6 +37,7 @@ class Dataset:
         test: (M, D), float32.
         log_density: x (..., 2) -> log p(x) (...), where it is known.
         extent: half the side of the square to draw, for D = 2.
+        modes: the centres (K, 2) and the standard deviation of its modes, where they are equal and apart.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Dataset:
     test: Tensor
     log_density: Callable[[Tensor], Tensor] | None = None
     extent: float = 0.0
+    modes: tuple[Tensor, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Planar2D:
     sample: Callable[[int, torch.Generator], Tensor]
     log_density: Callable[[Tensor], Tensor]
     extent: float
+    modes: tuple[Tensor, float] | None = None
 
 
 def _curve(points: Callable[[Tensor], Tensor], low: float, high: float, noise: float, extent: float) -> Planar2D:
@@ -90,7 +93,7 @@ def _eight_gaussians(radius: float = 4.0, noise: float = 0.5) -> Planar2D:
         square = (x.double().unsqueeze(-2) - centres).square().sum(-1) / noise**2
         return torch.logsumexp(-square / 2, -1) - math.log(8 * 2 * math.pi * noise**2)
 
-    return Planar2D(sample, log_density, 6.0)
+    return Planar2D(sample, log_density, 6.0, (centres, noise))
 
 
 def _checkerboard() -> Planar2D:
@@ -128,6 +131,21 @@ TABLES = ("breast_cancer",)
 DATASETS = (*PLANE, *TABLES)
 
 
+def worst_mode(x: Tensor, centres: Tensor, scale: float) -> float:
+    """By how much of its mass the worst of K equal Gaussian modes is off, in draws x (N, 2).
+
+    The mass of a mode is what lies within three of its standard deviations. 0 is all masses right, 1 a mode missing.
+
+    Args:
+        x: draws, (N, 2).
+        centres: of the modes, (K, 2), further apart than six standard deviations or nearly so.
+        scale: the modes' standard deviation.
+    """
+    away = torch.cdist(x.double(), centres)
+    share = (away < 3 * scale).double().mean(0) * len(centres) / (1 - math.exp(-4.5))
+    return (share - 1).abs().max().item()
+
+
 def load(name: str, num_train: int, num_test: int, seed: int) -> Dataset:
     """A set by name: drawn from the seed, or, for a table, split by it.
 
@@ -144,7 +162,7 @@ def load(name: str, num_train: int, num_test: int, seed: int) -> Dataset:
     if name in PLANE:
         set_ = PLANE[name]
         x = set_.sample(num_train + num_test, generator).float()
-        return Dataset(name, x[:num_train], x[num_train:], set_.log_density, set_.extent)
+        return Dataset(name, x[:num_train], x[num_train:], set_.log_density, set_.extent, set_.modes)
     x = _breast_cancer()
     x = x[torch.randperm(len(x), generator=generator)]
     num_train = round(0.8 * len(x))

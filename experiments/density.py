@@ -4,13 +4,17 @@ Every fit is `flowvi.fit_density` with its defaults: nothing is tuned per set or
 log-likelihood of test rows that no fit has seen, in nats, with its standard error; for the sets of the plane, whose
 density is known, also the gap to it on the same rows, an estimate of KL(p || q) with a smaller error. Planar and
 radial flows are here by their exact inverses, with gradients by the implicit function theorem.
+
+Where zuko is installed, its flow of the same family and size is fitted beside ours: the same rows, split,
+standardization, affine layer, minibatches, steps and schedule, by the same loop (`experiments.zuko_flows`). The
+difference of the two is taken row by row of the test set, so that its standard error is that of a paired comparison.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flowvi
-from experiments import datasets
+from experiments import datasets, zuko_flows
 from experiments.report import Report, require_matplotlib, show_density
 from flowvi.energies import Grid
+from flowvi.transforms.coupling import HIDDEN_DIMS
+from flowvi.transforms.spline import NUM_BINS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +35,9 @@ TITLE = "Maximum likelihood: held-out log-likelihood of every flow on 2-D sets a
 
 DECIDED = ("num_steps", "batch_size", "lr", "num_rows", "num_held_out", "stopped")
 """What `fit_density` decided by itself, kept in each row of results.json."""
+
+GOOD_MODE = 0.2
+"""A mode is found where q gives it its mass but for this part of it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Config:
     datasets: tuple[str, ...] = datasets.DATASETS
     flows: tuple[str, ...] | None = None
     """Registered names; None is all of them."""
+    zuko: bool = True
+    """Whether zuko's flows are fitted beside ours, where it is installed."""
     num_steps: int | None = None
     """Steps of each fit; None is flowvi's default."""
     num_train: int = 10_000
@@ -58,9 +69,10 @@ def run(config: Config, progress: bool = True) -> Report:
     start = time.perf_counter()
     flows = tuple(flowvi.transforms.available()) if config.flows is None else config.flows
     sets = {name: datasets.load(name, config.num_train, config.num_test, config.seed) for name in config.datasets}
+    peers = {flow for flow in flows if flow in zuko_flows.FAMILIES and config.zuko and zuko_flows.has_zuko()}
     rows: list[dict[str, Any]] = []
     images: dict[tuple[str, str], Tensor] = {}
-    bar = tqdm(total=len(sets) * len(flows), desc="density", disable=not progress, unit="fit")
+    bar = tqdm(total=len(sets) * (len(flows) + len(peers)), desc="density", disable=not progress, unit="fit")
     for name, data in sets.items():
         truth = None if data.log_density is None else data.log_density(data.test)
         picture = None if truth is None else Grid.midpoints(((-data.extent, data.extent),) * 2, config.pixels)
@@ -69,40 +81,74 @@ def run(config: Config, progress: bool = True) -> Report:
             images[name, "truth"] = data.log_density(picture.z)
         for flow in flows:
             bar.set_postfix_str(f"{name}, {flow}")
-            begin = time.perf_counter()
-            fit = flowvi.fit_density(data.train, flow, num_steps=config.num_steps, seed=config.seed, progress=False)
-            seconds = time.perf_counter() - begin
-            if fit.config["stopped"] == "interrupted":  # a fit returns at Ctrl-C; here it means: all of it
-                raise KeyboardInterrupt
-            row = _row(name, flow, fit.log_prob(data.test).double(), truth)
-            rows.append(row | {"seconds": seconds, **_decided(fit)})
+            fit, seconds = _fit(config, data, flow)
+            log_q = fit.log_prob(data.test).double()
+            row = _row(name, flow, log_q, truth) | {"seconds": seconds, **_decided(fit)}
+            if data.modes is not None:
+                row["worst_mode"] = datasets.worst_mode(fit.sample(20_000, seed=0), *data.modes)
             if picture is not None:
                 images[name, flow] = fit.log_prob(picture.z)
             bar.update()
+            if flow in peers:
+                bar.set_postfix_str(f"{name}, {flow} by zuko")
+                row |= _by_zuko(config, data, flow, fit.config["num_flows"], log_q)
+                bar.update()
+            rows.append(row)
     bar.close()
     figure = draw(config, sets, flows, images, rows)
-    table, notes = _table(sets, flows, rows), _notes(config, sets)
+    table, notes = _table(rows, bool(peers)), _notes(config, sets, rows, peers)
     return Report("density", TITLE, config, rows, table, notes, figure, time.perf_counter() - start)
+
+
+def _fit(config: Config, data: datasets.Dataset, flow: Any, **options: Any) -> tuple[flowvi.DensityFit, float]:
+    """A fit with flowvi's defaults, and its seconds."""
+    begin = time.perf_counter()
+    fit = flowvi.fit_density(data.train, flow, num_steps=config.num_steps, seed=config.seed, progress=False, **options)
+    if fit.config["stopped"] == "interrupted":  # a fit returns at Ctrl-C; here it means: all of it
+        raise KeyboardInterrupt
+    return fit, time.perf_counter() - begin
+
+
+def _by_zuko(config: Config, data: datasets.Dataset, flow: str, num_flows: int, log_q: Tensor) -> dict[str, Any]:
+    """The columns of zuko's flow of the same family, length and widths, fitted by the same loop at the same rate."""
+
+    def make(dim: int) -> Any:
+        return zuko_flows.zuko_flow(flow, dim, num_flows, hidden_dims=HIDDEN_DIMS, num_bins=NUM_BINS)
+
+    theirs, seconds = _fit(config, data, make, num_flows=1)
+    other = theirs.log_prob(data.test).double()
+    mean, se = _mean(other)
+    ahead, ahead_se = _mean(log_q - other)
+    return {
+        "zuko_log_likelihood": mean,
+        "zuko_log_likelihood_se": se,
+        "zuko_num_parameters": theirs.config["num_parameters"],
+        "zuko_seconds": seconds,
+        "ahead_of_zuko": ahead,
+        "ahead_of_zuko_se": ahead_se,
+    }
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))
 
 
 def _row(name: str, flow: str, log_q: Tensor, truth: Tensor | None) -> dict[str, Any]:
     """The score of one density on the test rows."""
-    root = math.sqrt(len(log_q))
-    gap = None if truth is None else truth - log_q
+    mean, se = _mean(log_q)
+    gap, gap_se = (None, None) if truth is None else _mean(truth - log_q)
+    rest = ("K", "num_parameters", "best_step", "skipped_steps", "seconds", "worst_mode", *DECIDED)
+    zuko = ("zuko_log_likelihood", "zuko_log_likelihood_se", "zuko_num_parameters", "zuko_seconds")
     return {
         "dataset": name,
         "flow": flow,
-        "log_likelihood": log_q.mean().item(),
-        "log_likelihood_se": log_q.std().item() / root,
-        "gap": None if gap is None else gap.mean().item(),
-        "gap_se": None if gap is None else gap.std().item() / root,
+        "log_likelihood": mean,
+        "log_likelihood_se": se,
+        "gap": gap,
+        "gap_se": gap_se,
         "num_test": len(log_q),
-        "K": None,
-        "num_parameters": None,
-        "best_step": None,
-        "skipped_steps": None,
-        "seconds": None,
-        **dict.fromkeys(DECIDED),
+        **dict.fromkeys((*rest, *zuko, "ahead_of_zuko", "ahead_of_zuko_se")),
     }
 
 
@@ -116,42 +162,77 @@ def _decided(fit: flowvi.DensityFit) -> dict[str, Any]:
     }
 
 
-def _table(
-    sets: Mapping[str, datasets.Dataset], flows: Sequence[str], rows: Sequence[Mapping[str, Any]]
-) -> list[dict[str, str]]:
-    """One line for each flow, one column for each set."""
-    found = {(row["flow"], row["dataset"]): row for row in rows}
+def _table(rows: Sequence[Mapping[str, Any]], with_zuko: bool) -> list[dict[str, str]]:
+    """One line for each set and flow, the best first."""
+
+    def number(row: Mapping[str, Any], name: str, digits: int = 3, sign: str = "") -> str:
+        if row[name] is None:
+            return "-"
+        text = f"{row[name]:{sign}.{digits}f}"
+        return text if row.get(f"{name}_se") is None else f"{text} ± {row[f'{name}_se']:.{digits}f}"
+
     table = []
-    for flow in ("truth", *flows):
-        mine = [found[flow, name] for name in sets if (flow, name) in found]
-        if not mine:
-            continue
-        line = {"flow": flow, "K": str(mine[0]["K"] or "-"), "parameters": str(mine[0]["num_parameters"] or "-")}
-        for name in sets:
-            row = found.get((flow, name))
-            line[name] = "-" if row is None else f"{row['log_likelihood']:.3f} ± {row['log_likelihood_se']:.3f}"
-            if row is not None and row["gap"] is not None:
-                line[name] += f" ({row['gap']:.3f} ± {row['gap_se']:.3f})"
-        seconds = [row["seconds"] for row in mine if row["seconds"] is not None]
-        line["seconds per fit"] = f"{sum(seconds) / len(seconds):.1f}" if seconds else "-"
-        table.append(line)
+    for name in dict.fromkeys(row["dataset"] for row in rows):
+        mine = [row for row in rows if row["dataset"] == name]
+        for row in sorted(mine, key=lambda row: (row["flow"] != "truth", -row["log_likelihood"])):
+            line = {
+                "set": name,
+                "flow": row["flow"],
+                "K": str(row["K"] or "-"),
+                "parameters": str(row["num_parameters"] or "-"),
+                "held-out nats": number(row, "log_likelihood"),
+                "KL(p, q)": number(row, "gap"),
+                "worst mode": "-" if row["worst_mode"] is None else f"{row['worst_mode']:.0%}",
+                "seconds": number(row, "seconds", 1),
+            }
+            if with_zuko:
+                line |= {
+                    "zuko, held-out nats": number(row, "zuko_log_likelihood"),
+                    "flowvi minus zuko": number(row, "ahead_of_zuko", sign="+"),
+                    "zuko, seconds": number(row, "zuko_seconds", 1),
+                }
+            table.append(line)
     return table
 
 
-def _notes(config: Config, sets: Mapping[str, datasets.Dataset]) -> list[str]:
+def _notes(
+    config: Config, sets: Mapping[str, datasets.Dataset], rows: Sequence[Mapping[str, Any]], peers: Collection[str]
+) -> list[str]:
     notes = [
-        "Mean log-likelihood of test rows, nats, ± one standard error; in brackets the truth's minus it on the same "
-        "rows, an estimate of KL(p || q). Higher is better, and a gap of 0 is the truth.",
+        "held-out nats: the mean log-likelihood of test rows that no fit has seen, ± one standard error; higher is "
+        "better. KL(p, q): the truth's minus it on the same rows, which estimates KL(p || q); 0 is the truth.",
         "Rows: "
         + ", ".join(f"{name} {len(s.train):,} to fit, {len(s.test):,} to test" for name, s in sets.items())
-        + "; parameters are those on the first set.",
+        + "; a tenth of those to fit is held out by the fit itself.",
         "Every fit is flowvi.fit_density with its defaults. Planar and radial flows are fitted through their exact "
         "inverses.",
-        "checkerboard is not continuous, and no flow here can be exact on it.",
     ]
+    if any(row["worst_mode"] is not None for row in rows):
+        notes.append(_modes(rows))
+    if "checkerboard" in sets:
+        notes.append("checkerboard is not continuous, and no flow here can be exact on it.")
+    if peers:
+        notes.append(
+            f"{zuko_flows.zuko_version()}: its flow of the same family, layers, widths and bins, on the same rows, "
+            f"split and standardization, with the same affine layer, minibatches, steps and step sizes. flowvi minus "
+            f"zuko: the mean difference over test rows, ± its paired standard error; above 0, flowvi's is better."
+        )
+    elif config.zuko:
+        notes.append("zuko is not installed, so nothing is compared with it (pip install 'flowvi[zuko]').")
     if config.num_steps is not None:
         notes.insert(0, f"Short fits of {config.num_steps} steps: these are not the figures to quote.")
     return notes
+
+
+def _modes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which flows find all modes, in a sentence."""
+    told = [row for row in rows if row["worst_mode"] is not None]
+    good = [row["flow"] for row in told if row["worst_mode"] <= GOOD_MODE]
+    bad = [row["flow"] for row in told if row["worst_mode"] > GOOD_MODE]
+    return (
+        f"worst mode: by how much of its mass, within three standard deviations, the worst of the equal modes is off, "
+        f"from 20,000 draws. All within {GOOD_MODE:.0%}: {', '.join(good) or 'none'}; not: {', '.join(bad) or 'none'}."
+    )
 
 
 def draw(

@@ -17,17 +17,22 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import flowvi
 from experiments import flow_length_report as words
+from experiments.datasets import worst_mode
 from experiments.parallel import Case, Row, run_cases
 from experiments.posteriors import Known, posteriors
 from experiments.report import Report, require_matplotlib
 from flowvi._version import __version__
-from flowvi.energies import ENERGIES
+from flowvi.energies import ENERGIES, RingOfGaussians
 from flowvi.errors import FlowVIError, NumericalWarning, OptionError
 
 TITLE = "How many layers: the error of six families of flows against K and against seconds"
+
+OPTIONS: dict[str, dict[str, Any]] = {"nice": {"start": 1.0}}
+"""What is not a flow's default: from the identity, NICE stays at the best Gaussian of a symmetric target."""
 
 WITH_REFERENCES = ("eight_schools_noncentered", "logmesquite_logvash")
 WITHOUT_REFERENCES = ("linear regression", "gamma-Poisson")
@@ -40,7 +45,7 @@ class Config:
     seed: int = 0
     seeds: int = 5
     """How many seeds, from `seed` on."""
-    energies: tuple[str, ...] = ("U1", "U2", "U3", "U4", "Funnel")
+    energies: tuple[str, ...] = ("U1", "U2", "U3", "U4", "Funnel", "RingOfGaussians")
     posteriors: tuple[str, ...] = WITHOUT_REFERENCES
     flows: tuple[str, ...] = ("planar", "radial")
     num_flows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -110,7 +115,7 @@ def run(config: Config, out: Path, references: Path | None = None, workers: int 
     log_z = words.log_normalizers(rows)
     rows = [words.with_kl(row, *log_z[row["target"]]) for row in rows]
     cells = words.summarize(rows)
-    notes = [*words.conclude(config, cells), *words.notes(config, rows, log_z)]
+    notes = [*words.conclude(config, cells), *words.modes(config, rows), *words.notes(config, rows, log_z)]
     table, figure = words.table(config, cells, rows), words.draw(config, cells)
     return Report("flow_length", TITLE, config, rows, table, notes, figure, sum(row["seconds"] for row in rows))
 
@@ -159,6 +164,7 @@ def fit_one(case: Case, references: Path | None = None) -> Row:
         **dict.fromkeys(("log_z_estimate", "log_z_estimate_se", "khat", "ess_fraction"), math.nan),
         **dict.fromkeys(("worst_mean_error", "worst_sd_error", "dim", "num_parameters", "lr", "gradient")),
         "skipped_steps": None,
+        "worst_mode": None,
         "seconds_of_steps": math.nan,
         "error": None,
     }
@@ -178,6 +184,7 @@ def fit_one(case: Case, references: Path | None = None) -> Row:
                 compile=False,
                 progress=False,
                 verify=False,  # measured below, from more draws
+                **OPTIONS.get(case["flow"], {}),
             )
         row["seconds"] = time.perf_counter() - start
         if posterior.config["stopped"] == "interrupted":  # a fit returns at Ctrl-C; here it means: all of it
@@ -186,6 +193,9 @@ def fit_one(case: Case, references: Path | None = None) -> Row:
         if known is not None:
             errors = known.errors(posterior.sample(min(10_000, case["num_draws"]), seed=case["seed"]))
             row["worst_mean_error"], row["worst_sd_error"] = errors
+        if isinstance(target, RingOfGaussians):
+            z = posterior.sample(case["num_draws"], seed=case["seed"])["z"]
+            row["worst_mode"] = worst_mode(z, target.centres(), target.scale)
     except FlowVIError as error:  # one bad fit is a result; it must not end the run
         return row | {"seconds": time.perf_counter() - start, "error": str(error)}
     return row | {

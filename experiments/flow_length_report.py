@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 NUM_BEST = 10
 """Fits whose importance-sampling estimates of log Z are averaged, where it is not known."""
+GOOD_MODE = 0.2
+"""A mode is found where q gives it its mass but for this part of it."""
 FLOOR = 1e-4
 """Below this a KL from 25,000 draws is noise, and is drawn at it."""
 MARKS = {
@@ -121,6 +123,28 @@ def conclude(config: Config, cells: Mapping[tuple[str, str, int], Cell]) -> list
     return [first, second, *_last_doubling(config, cells)]
 
 
+def modes(config: Config, rows: Sequence[Row]) -> list[str]:
+    """Of a target whose modes are known: which lengths give each mode its mass, with every seed."""
+    found = []
+    for target in dict.fromkeys(row["target"] for row in rows if row.get("worst_mode") is not None):
+        mine = [row for row in rows if row["target"] == target]
+        good = {
+            length: all(
+                row["worst_mode"] is not None and row["worst_mode"] <= GOOD_MODE
+                for row in mine
+                if (row["flow"], row["K"]) == length
+            )
+            for length in config.lengths
+        }
+        each = []
+        for flow in config.flows + config.deep_flows:
+            ks = [str(k) for name, k in config.lengths if name == flow and good[name, k]]
+            each.append(f"{flow} {'K = ' + ', '.join(ks) if ks else 'none'}")
+        of = f"within {GOOD_MODE:.0%} of its mass, with {'each of ' if config.seeds > 1 else ''}{_seeds(config)}"
+        found.append(f"{target}: every mode {of}: {'; '.join(each)}.")
+    return found
+
+
 def _last_doubling(config: Config, cells: Mapping[tuple[str, str, int], Cell]) -> list[str]:
     factors = []
     for flow in config.flows + config.deep_flows:
@@ -175,7 +199,8 @@ def notes(config: Config, rows: Sequence[Row], log_z: Mapping[str, tuple[float, 
         f"A cell: median KL(q ‖ p) in nats / its worst / median k-hat, over {_seeds(config)}. "
         f"KL = log Z - ELBO, from {config.num_draws:,} fresh draws; below about {FLOOR:g} it is noise.",
         f"Every fit is flowvi.fit with its defaults (learning rate by family, S = 256, energies annealed, posteriors "
-        f"whitened first) but for {config.num_steps} steps, and compile=False. nice and real_nvp mix by permutations.",
+        f"whitened first) but for {config.num_steps} steps, and compile=False. nice and real_nvp mix by "
+        "permutations; nice starts at random layers (start=1), since from the identity it stays at U1's best Gaussian.",
         f"log Z is known for {', '.join(known) or 'none'}. U2, U3 and U4 are soft-walled: ((|z1| - 4)+ / 0.1)^2 / 2 is "
         "added to U.",
         "Seconds are of the steps alone, on one thread, energies in float32 and posteriors in float64; the whitening "
@@ -208,9 +233,9 @@ def draw(config: Config, cells: Mapping[tuple[str, str, int], Cell]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    columns = min(4, len(config.targets) + 1)
-    bands = math.ceil((len(config.targets) + 1) / columns)  # one place is the legend's
-    figure = Figure(figsize=(3.1 * columns, 5.2 * bands), layout="constrained")
+    columns = min(4, len(config.targets))
+    bands = math.ceil(len(config.targets) / columns)
+    figure = Figure(figsize=(3.1 * columns, 5.2 * bands + 0.5), layout="constrained")
     grid = figure.subplots(2 * bands, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_visible(False)
@@ -240,10 +265,8 @@ def draw(config: Config, cells: Mapping[tuple[str, str, int], Cell]) -> Figure:
         if i % columns == 0:
             above.set_ylabel("KL(q || p), nats")
             below.set_ylabel("KL(q || p), nats")
-    last = grid[2 * (len(config.targets) // columns), len(config.targets) % columns]
-    last.set_visible(True)
-    last.axis("off")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    title = f"median over {_seeds(config)},\nbars from least to largest;\ndotted: {config.enough:g} nats"
-    last.legend(handles, labels, loc="upper left", frameon=False, title=title, alignment="left")
+    over = _seeds(config) if config.seeds == 1 else f"median over {_seeds(config)}, bars from least to largest"
+    title = f"{over}; dotted: {config.enough:g} nats"
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 2 * columns), title=title)
     return figure

@@ -136,8 +136,8 @@ def _notes(config: Config) -> list[str]:
         "whole step: draws, flow, energy, gradient, Adam. U2 in two dimensions, Neal's funnel above. flowvi's has "
         "the path score, the log-variance gradient and an affine layer (full at D 2, else diagonal), which the "
         "others' have not. flowjax's is one jitted function whose result is waited for once a round. Pyro's is "
-        "SVI.step with AutoNormalizingFlow and vectorized particles. zuko's couplings have flowvi's layers, widths "
-        "and bins.",
+        "SVI.step with AutoNormalizingFlow and vectorized particles. the couplings of zuko and "
+        "normflows have flowvi's layers, widths and bins; normflows' spline networks are residual.",
         "eight schools: flowvi's is fit's step on the model's flat graph, not compiled; Pyro's is SVI.step on the same "
         "model, which broadcasts over particles.",
         "slope: least squares through the larger half of a sweep's sizes, in logarithms.",

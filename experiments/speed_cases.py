@@ -246,10 +246,12 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
         return lambda: {"flowvi": flowvi_stack(family, *sizes), "pyro": speed_peers.pyro_stack(family, *sizes)}
 
     def coupling(name: str, dim: int, size: int, k: int) -> Callable[[], dict[str, Run]]:
-        spec = flowvi.FlowSpec(name, dim, k, "diag", {"hidden_dims": speed_peers.HIDDEN})
+        bins = {"num_bins": speed_peers.BINS} if name == "neural_spline" else {}
+        spec = flowvi.FlowSpec(name, dim, k, "diag", {"hidden_dims": speed_peers.HIDDEN, **bins})
+        make = {"zuko": speed_peers.zuko_step, "normflows": speed_peers.normflows_coupling_step}
         return lambda: {
             "flowvi": flowvi_step(spec, energy(dim), size, config.seed),
-            "zuko": speed_peers.zuko_step(name, dim, size, k),
+            **{peer: make[peer](name, dim, size, k) for peer in peers if peer in make},
         }
 
     for family, dim, size, k, aim in config.stacks:
@@ -258,8 +260,9 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
     for dim, size, k, aims in config.steps:
         yield what("step", "planar", dim, size, k), config.rounds, aims, planar(dim, size, k)
     for name, dim, size, k in config.couplings:
-        if "zuko" in peers:
-            yield what("step", name, dim, size, k), config.rounds, {}, coupling(name, dim, size, k)
+        if {"zuko", "normflows"} & set(peers):
+            aims = {"zuko": 1.0, "normflows": 1.0}
+            yield what("step", name, dim, size, k), config.rounds, aims, coupling(name, dim, size, k)
     if config.schools is not None and "pyro" in peers:
         size, k, aim = config.schools
         yield what("model", "eight schools", 10, size, k), config.rounds, {"pyro": aim}, lambda: _schools(config)

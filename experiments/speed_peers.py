@@ -21,6 +21,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 
+from experiments.zuko_flows import zuko_flow
 from flowvi.energies import U2, Funnel
 from flowvi.energies.base import Energy
 
@@ -129,6 +130,11 @@ def normflows_step(dim: int, num_particles: int, num_flows: int) -> Run:
 
     layers = [normflows.flows.Planar((dim,)) for _ in range(num_flows)]
     flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(dim, trainable=False), layers, Target())
+    return _reverse_kld(flow, num_particles)
+
+
+def _reverse_kld(flow: Any, num_particles: int) -> Run:
+    """A step of normflows: `reverse_kld`, and torch's Adam."""
     adam = torch.optim.Adam(flow.parameters(), lr=LR)
 
     def one() -> None:
@@ -141,12 +147,7 @@ def normflows_step(dim: int, num_particles: int, num_flows: int) -> Run:
 
 def zuko_step(name: str, dim: int, num_particles: int, num_flows: int) -> Run:
     """zuko: coupling layers of the given kind, "real_nvp" or "neural_spline", and torch's Adam."""
-    import zuko
-
-    options: dict[str, Any] = {"transforms": num_flows, "hidden_features": HIDDEN}
-    if name == "neural_spline":
-        options |= {"univariate": zuko.transforms.MonotonicRQSTransform, "shapes": [(BINS,), (BINS,), (BINS - 1,)]}
-    flow = zuko.flows.NICE(dim, **options)  # affine, as in RealNVP, unless told
+    flow = zuko_flow(name, dim, num_flows, hidden_dims=HIDDEN, num_bins=BINS)
     adam = torch.optim.Adam(flow.parameters(), lr=LR)
     log_density = energy(dim).log_density
 
@@ -157,6 +158,27 @@ def zuko_step(name: str, dim: int, num_particles: int, num_flows: int) -> Run:
         adam.step()
 
     return repeat(one)
+
+
+def normflows_coupling_step(name: str, dim: int, num_particles: int, num_flows: int) -> Run:
+    """normflows: coupling layers of the given kind, as for `zuko_step`, with a swap of the halves after each."""
+    import normflows
+
+    class Target:
+        log_prob = staticmethod(energy(dim).log_density)
+
+    half = dim // 2
+    layers: list[Any] = []
+    for _ in range(num_flows):
+        if name == "real_nvp":
+            widths = [dim - half, *HIDDEN, 2 * half]
+            layers.append(normflows.flows.AffineCouplingBlock(normflows.nets.MLP(widths, init_zeros=True)))
+        else:  # its networks are residual: one block of two layers
+            spline = normflows.flows.CoupledRationalQuadraticSpline
+            layers.append(spline(dim, 1, HIDDEN[0], num_bins=BINS, tail_bound=5.0))
+        layers.append(normflows.flows.Permute(dim, mode="swap"))
+    flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(dim, trainable=False), layers, Target())
+    return _reverse_kld(flow, num_particles)
 
 
 def flowjax_step(dim: int, num_particles: int, num_flows: int, seed: int) -> Run:

@@ -105,7 +105,7 @@ def run(config: Config, out: Path, references: Path | None = None, progress: boo
         for name in targets
         for group in groups
     ]
-    _warm_up()
+    warm_up()
     found = run_cases(partial(work, targets), cases, out / "rows.jsonl", description="truth", progress=progress)
     rows = [row for case in found for row in case["rows"] if row["method"] in methods]
     seconds = sum(case["seconds"] for case in found)
@@ -120,7 +120,7 @@ def work(targets: Mapping[str, Known], case: Case) -> Row:
     known, method, seed = targets[case["posterior"]], case["method"], case["seed"]
     start = time.perf_counter()
     if method == "flowvi":
-        rows = list(_flowvi(config, known, seed))
+        rows = list(flowvi_rows(config, known, seed))
     else:
         rows = [_measured(known, method, seed, lambda: _peer(config, known, method, seed))]
     return {"rows": rows, "seconds": time.perf_counter() - start}
@@ -134,7 +134,7 @@ def _peer(config: Config, known: Known, method: str, seed: int) -> dict[str, Ten
     return nuts(known, seed=seed, num_warmup=config.num_warmup, num_draws=config.num_kept)
 
 
-def _flowvi(config: Config, known: Known, seed: int) -> Iterator[Row]:
+def flowvi_rows(config: Config, known: Known, seed: int) -> Iterator[Row]:
     """The fit, diagnosis included, and what may follow it."""
     settings: dict[str, Any] = {} if config.fit_steps is None else {"num_steps": config.fit_steps}
     start = time.perf_counter()
@@ -214,7 +214,7 @@ def _worst(*errors: float) -> float:
     return math.inf if any(math.isnan(error) for error in errors) else max(errors)
 
 
-def _warm_up() -> None:
+def warm_up() -> None:
     """Loads compiled kernels and ArviZ, which the first fit of a process would pay for."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FlowVIWarning)

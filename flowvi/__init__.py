@@ -18,8 +18,11 @@ from flowvi.storage import load
 from flowvi.targets import LogDensity, as_density
 
 if TYPE_CHECKING:
-    from flowvi import energies, plotting
+    from flowvi import energies, models, plotting
     from flowvi.amortized import AmortizedGuide
+    from flowvi.amortized_fit import AmortizedFit
+    from flowvi.calibrate import sbc
+    from flowvi.calibration import Calibration
     from flowvi.density_fit import DensityFit
     from flowvi.density_storage import load_density
     from flowvi.fit.density import fit_density
@@ -29,12 +32,14 @@ if TYPE_CHECKING:
 __all__ = [
     "ELBO",
     "IWELBO",
+    "AmortizedFit",
     "AmortizedGuide",
     "AnnealedELBO",
     "AutoFlow",
     "AutoPlanar",
     "AutoRadial",
     "BalancedELBO",
+    "Calibration",
     "DensityFit",
     "Diagnostics",
     "Flow",
@@ -55,12 +60,16 @@ __all__ = [
     "load",
     "load_density",
     "log_likelihood",
+    "models",
     "plotting",
+    "sbc",
     "transforms",
 ]
 
 _LATER = {
+    "AmortizedFit": "flowvi.amortized_fit",
     "AmortizedGuide": "flowvi.amortized",
+    "Calibration": "flowvi.calibration",
     "DensityFit": "flowvi.density_fit",
     "energies": "flowvi.energies",
     "IWELBO": "flowvi.importance",
@@ -68,7 +77,9 @@ _LATER = {
     "fit_density": "flowvi.fit.density",
     "load_density": "flowvi.density_storage",
     "log_likelihood": "flowvi.likelihood",
+    "models": "flowvi.models",
     "plotting": "flowvi.plotting",
+    "sbc": "flowvi.calibrate",
 }
 """What is imported when it is first asked for: not every process has need of it."""
 
@@ -77,7 +88,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'flowvi' has no attribute {name!r}")
     module = importlib.import_module(_LATER[name])
-    found = module if name in ("energies", "plotting") else getattr(module, name)
+    found = module if name in ("energies", "models", "plotting") else getattr(module, name)
     globals()[name] = found
     return found
 

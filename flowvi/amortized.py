@@ -262,17 +262,21 @@ class AmortizedGuide(AutoGuide):
                 self.plates[name] = pyro.plate(name, size, subsample_size=frame.size, dim=frame.dim)
         return self.plates
 
-    def _features(self, call: PlateCall, index: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """The encoder's features (n, C) of this call's n data points."""
+    def _data(self, args: Any, kwargs: Any) -> Sequence[Tensor]:
+        """What the encoder takes, of all rows."""
         if self.inputs is not None:
             data = self.inputs(*args, **kwargs)
-        else:
-            data = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), None)
-            if data is None:
-                raise OptionError("the guide's arguments hold no tensor to encode: say by inputs= what the data is.")
+            return data if isinstance(data, (tuple, list)) else (data,)
+        data = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), None)
+        if data is None:
+            raise OptionError("the guide's arguments hold no tensor to encode: say by inputs= what the data is.")
+        return (data,)
+
+    def _features(self, call: PlateCall, index: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """The encoder's features (n, C) of this call's n data points."""
         n = len(index)
         rows = []
-        for x in data if isinstance(data, (tuple, list)) else (data,):
+        for x in self._data(args, kwargs):
             if len(x) == call.size and (n != call.size or call.subsample is not None):
                 rows.append(x[index])
             elif len(x) == n:
@@ -287,6 +291,43 @@ class AmortizedGuide(AutoGuide):
             what = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise DimensionError(f"the encoder must give features (n, C) for n = {n} data points, not {what}.")
         return features
+
+    def encode(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The encoder's features of a minibatch.
+
+        Args:
+            *args: what the model takes; all the data in it is encoded.
+            **kwargs: likewise.
+
+        Returns:
+            (n, 1, ..., C), with a 1 for every plate dimension right of the data's, as `posterior` takes it.
+
+        Raises:
+            DimensionError: the features are not (n, C).
+            OptionError: there is no tensor to encode.
+        """
+        data = self._data(args, kwargs)
+        n = len(data[0])
+        features = self._features(PlateCall(n, n, None), torch.arange(n, device=data[0].device), args, kwargs)
+        return features.reshape(n, *(1,) * (-self.frame.dim - 1), -1)
+
+    def unpack(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The local sites of unconstrained rows.
+
+        Args:
+            z: (*particles, n, 1, ..., D), a draw of `posterior`.
+
+        Returns:
+            Site -> value, and the sum of all log|det d value/dz|.
+        """
+        values, log_det = {}, z.new_zeros(())
+        for site, part in zip(self.sites, z.split([s.numel for s in self.sites], -1), strict=True):
+            to_x = biject_to(site.support)
+            u = site.spread(part, self.frame.dim)
+            values[site.name] = x = to_x(u)
+            if x is not u:
+                log_det = log_det + to_x.log_abs_det_jacobian(u, x).sum()
+        return values, log_det
 
     def posterior(self, features: Tensor) -> Flow:
         """q(z_n | x_n) over the unconstrained local latents.

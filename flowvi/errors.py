@@ -20,6 +20,7 @@ __all__ = [
     "NonFiniteError",
     "NumericalWarning",
     "OptionError",
+    "RankLostError",
     "SlowPathWarning",
     "SubsampledLatentError",
     "TargetError",
@@ -54,7 +55,7 @@ class NoLatentError(TargetError):
 
 
 class DiscreteLatentError(TargetError):
-    """The model has a discrete latent variable, which no flow can represent."""
+    """The model has a discrete latent variable that can't be summed out, or a guide was made for one."""
 
 
 class SubsampledLatentError(TargetError):
@@ -71,6 +72,10 @@ class TraceError(TargetError):
 
 class FileFormatError(FlowVIError, ValueError):
     """A file is not a flowvi posterior, is damaged, or was written by a newer version."""
+
+
+class RankLostError(FlowVIError, RuntimeError):
+    """A fit over several processes lost one of them; the message says how to go on."""
 
 
 class FlowVIWarning(UserWarning):

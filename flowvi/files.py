@@ -47,6 +47,12 @@ DENSITY = Kind("density", 1, frozenset((*_COMMON, "context_dim", "held_out")), "
 CHECKPOINT = Kind(
     "checkpoint", 1, frozenset(("flowvi", "call", "parts", "generators")), "flowvi.fit(..., checkpoint=folder)"
 )
+AMORTIZED = Kind(
+    "amortized fit",
+    1,
+    frozenset(("flowvi", "parameters", "example", "config", "timing", "history", "seed")),
+    "flowvi.AmortizedFit.load",
+)
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
 
@@ -88,7 +94,7 @@ def read(path: Path, kind: Kind = POSTERIOR) -> dict[str, Any]:
         except Exception as error:
             raise FileFormatError(unreadable) from error
     found = content.pop("format", None) if isinstance(content, dict) else None
-    for other in (POSTERIOR, DENSITY, CHECKPOINT):
+    for other in (POSTERIOR, DENSITY, CHECKPOINT, AMORTIZED):
         if found == other.format != kind.format:
             raise FileFormatError(f"{path} holds a flowvi {other.noun}, not a {kind.noun}: use {other.reader}.")
     if found != kind.format:

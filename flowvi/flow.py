@@ -199,18 +199,19 @@ class Flow(TransformedDistribution):
             return torch.autograd.grad(self.base_dist.log_prob(x).sum(), x)[0]
 
     def rsample_and_log_prob(
-        self, num_samples: int, *, generator: torch.Generator | None = None
+        self, num_samples: int, *, generator: torch.Generator | None = None, rows: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """Draws and their log density in one pass.
 
         Args:
             num_samples: S.
             generator: where the randomness comes from; torch's global generator if None.
+            rows: which of the S draws are computed; the randomness of all is used up.
 
         Returns:
             z (S, D) and log q(z) (S,), both with their graph.
         """
-        x = self._base_rsample(torch.Size([num_samples]), generator)
+        x = self._base_rsample(torch.Size([num_samples]), generator)[rows]
         log_q = self.base_dist.log_prob(x)
         for t in self.transforms:
             x, log_det = _forward(t, x)
@@ -218,7 +219,7 @@ class Flow(TransformedDistribution):
         return x, log_q
 
     def rsample_with_score(
-        self, num_samples: int, *, generator: torch.Generator | None = None
+        self, num_samples: int, *, generator: torch.Generator | None = None, rows: slice = slice(None)
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draws, their log density and its score in one pass.
 
@@ -228,6 +229,7 @@ class Flow(TransformedDistribution):
         Args:
             num_samples: S.
             generator: where the randomness comes from; torch's global generator if None.
+            rows: which of the S draws are computed; the randomness of all is used up.
 
         Returns:
             z (S, D), log q(z) (S,), both with their graph, and d log q(z)/dz (S, D) without one.
@@ -236,7 +238,7 @@ class Flow(TransformedDistribution):
             OptionError: a transform has no path score; `has_path_score` tells beforehand.
         """
         self._require_path_score()
-        x = self._base_rsample(torch.Size([num_samples]), generator)
+        x = self._base_rsample(torch.Size([num_samples]), generator)[rows]
         log_q, score = self.base_dist.log_prob(x), self._base_score(x)
         for t in self.transforms:
             x, log_det, score = t.forward_with_score(x, score)

@@ -107,9 +107,9 @@ class AutoFlow(AutoContinuous):
         if isinstance(flow, MixtureFlow):
             from flowvi.mixture_guide import AutoMixture
 
-            return AutoMixture(density.pyro_model, flow).set_up(*density.args, **density.kwargs)
+            return AutoMixture(continuous_model(density), flow).set_up(*density.args, **density.kwargs)
         spec = flow.spec
-        guide = cls(density.pyro_model, num_flows=0)
+        guide = cls(continuous_model(density), num_flows=0)
         if spec is not None:
             guide.flow_name, guide.num_flows, guide.base = spec.name, spec.num_flows, spec.base
             guide.options = dict(spec.options)
@@ -315,6 +315,12 @@ class AutoFlow(AutoContinuous):
         return self.get_posterior().log_prob(torch.cat(parts)) + log_density
 
 
+def continuous_model(density: Any) -> Callable[..., Any]:
+    """The Pyro model of a `LogDensity` without its discrete latents, which no guide draws."""
+    names = [site.name for site in density.discrete if not site.deterministic]
+    return poutine.block(density.pyro_model, hide=names) if names else density.pyro_model
+
+
 class AutoPlanar(AutoFlow):
     """`AutoFlow` with planar layers (Rezende & Mohamed 2015, eq. 10); arguments as there, without ``flow``."""
 
@@ -352,9 +358,9 @@ class _ReadSupports(Messenger):
 
 def _discrete(name: str) -> str:
     return (
-        f"latent site {name!r} is discrete, which no flow can represent: sum it out with TraceEnum_ELBO and "
-        f"config_enumerate, hiding it from the guide with poutine.block(model, hide=[{name!r}]), or marginalize "
-        f"it in the model."
+        f"latent site {name!r} is discrete, which no flow can represent: make the guide for "
+        f"poutine.block(model, hide=[{name!r}]) and give SVI config_enumerate(model) with TraceEnum_ELBO, which sums "
+        "it out, as flowvi.fit does by itself; or marginalize it in the model."
     )
 
 

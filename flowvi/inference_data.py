@@ -51,6 +51,10 @@ def to_arviz(
     data set simulated at each draw) and `observed_data`, as `az.loo` and `az.plot_ppc` want them. Both the top and the
     group `posterior` carry the attributes.
 
+    Discrete latents are summed out of the log likelihood, datum by datum; observed sites that share one sum with
+    others, as in a hidden Markov model, are left out of it, and the attribute `log_likelihood_left_out` names them.
+    In the simulated data discrete latents are drawn anew from their prior, given the draw's continuous ones.
+
     Where the model takes its own data as a covariate too, as an autoregression does, the simulated data are one step
     ahead of the true ones.
 
@@ -91,9 +95,14 @@ def to_arviz(
     shapes = {site.name: (site.shape, site.plates) for site in sites}
     if density.observed:
         log_likelihood = density.log_likelihood(z)
-        groups["log_likelihood"] = {name: chain(value) for name, value in log_likelihood.items()}
+        if log_likelihood:
+            groups["log_likelihood"] = {name: chain(value) for name, value in log_likelihood.items()}
         groups["observed_data"] = {name: _array(value) for name, value in density.observed.items()}
     attrs = _attributes(posterior, resample)
+    if density.inseparable:
+        names = ", ".join(density.inseparable)
+        attrs["log_likelihood_left_out"] = f"these sites share one sum over discrete values: {names}"
+        attrs["predictive_note"] = f"the discrete ones of these are drawn from their prior, given the draw: {names}"
     if predictive is not False:
         generator = posterior._generator(seed, "predictive")
         simulated = int(torch.randint(2**32, (), generator=generator, device=generator.device))

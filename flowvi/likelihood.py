@@ -25,11 +25,13 @@ class LogLikelihood:
         values: log (1/S) sum_s w_ns, (N,), float64; too low by about half of `errors` squared.
         errors: the standard error of each by its samples (delta method), (N,).
         num_importance_samples: S.
+        elbos: the mean log weight of the same samples, (N,): an estimate of the ELBO of each data point without bias.
     """
 
     values: Tensor
     errors: Tensor
     num_importance_samples: int
+    elbos: Tensor
 
     @property
     def mean(self) -> float:
@@ -111,12 +113,13 @@ def log_likelihood(
     most = chunk_size or max(1, 10_000 // min(batch_size, num))
     losses: dict[int, IWELBO] = {}
     nesting = math.inf
-    values, errors = [], []
+    values, errors, elbos = [], [], []
     for start in range(0, num, batch_size):
         rows = slice(start, min(start + batch_size, num))
         part = [_cut(a, num, rows) for a in args]
         named = {k: _cut(a, num, rows) for k, a in kwargs.items()}
         sums, done = None, 0
+        total: Tensor | float = 0.0
         while done < num_importance_samples:
             now = min(most, num_importance_samples - done)
             loss = losses.setdefault(now, IWELBO(now, plate=plate, max_plate_nesting=nesting))
@@ -130,12 +133,14 @@ def log_likelihood(
             log_w = found.log_w.double()
             both = torch.stack([torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)])
             sums = both if sums is None else torch.logaddexp(sums, both)
+            total = total + log_w.sum(0)
             done += now
         assert sums is not None
+        elbos.append(torch.as_tensor(total) / num_importance_samples)
         values.append(sums[0] - math.log(num_importance_samples))
         relative = torch.exp(sums[1] - 2 * sums[0]) * num_importance_samples - 1
         errors.append((relative.clamp_min(0) / max(num_importance_samples - 1, 1)).sqrt())
-    return LogLikelihood(torch.cat(values), torch.cat(errors), num_importance_samples)
+    return LogLikelihood(torch.cat(values), torch.cat(errors), num_importance_samples, torch.cat(elbos))
 
 
 def _cut(value: Any, num: int, rows: slice) -> Any:

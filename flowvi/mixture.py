@@ -152,13 +152,14 @@ class MixtureFlow(Flow):
         return zs, logs, torch.randperm(num, generator=generator, device=self.device)
 
     def rsample_and_log_prob(
-        self, num_samples: int, *, generator: torch.Generator | None = None
+        self, num_samples: int, *, generator: torch.Generator | None = None, rows: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """Z (S, D), in random order, and log q(z) (S,), both with their graph.
 
         Args:
             num_samples: S.
             generator: where the randomness comes from; torch's global generator if None.
+            rows: which of the S draws are returned.
         """
         zs, own, order = self._draw_parts(num_samples, generator)
         columns = []
@@ -167,6 +168,7 @@ class MixtureFlow(Flow):
             elsewhere = flow.log_prob(others) if len(others) else others.sum(-1)
             start = sum(len(z) for z in zs[:m])
             columns.append(torch.cat([elsewhere[:start], own[m], elsewhere[start:]]))
+        order = order[rows]
         return torch.cat(zs)[order], self._mix(torch.stack(columns, -1))[order]
 
     def component_log_probs(self, value: Tensor) -> Tensor:

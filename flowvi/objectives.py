@@ -54,6 +54,18 @@ class Target(Protocol):
         ...
 
 
+class Split(Protocol):
+    """Particles over several processes, as the engine has them (`flowvi.fit.distributed`)."""
+
+    rows: slice
+
+    def whole(
+        self, log_q: Tensor, log_p: Tensor, grad: Tensor, score: Tensor | None, beta: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The same of all particles, from those of this process's `rows`."""
+        ...
+
+
 @dataclass(frozen=True)
 class LinearAnneal:
     """beta_t = min(1, start + t / num_steps), the paper's schedule (eq. 20: start 0.01, num_steps 10000).
@@ -129,7 +141,13 @@ class ELBO(Trace_ELBO):
     # For the engine.
 
     def backward(
-        self, flow: Flow, target: Target, *, beta: float = 1.0, generator: torch.Generator | None = None
+        self,
+        flow: Flow,
+        target: Target,
+        *,
+        beta: float = 1.0,
+        generator: torch.Generator | None = None,
+        split: Split | None = None,
     ) -> Estimate:
         """Add the gradient of -F_beta to the ``.grad`` of the flow's parameters.
 
@@ -140,6 +158,7 @@ class ELBO(Trace_ELBO):
             target: log p and its gradient.
             beta: the annealing, `beta(step)` for a step of the schedule.
             generator: where the randomness comes from.
+            split: this process's part of the particles; the gradient is then its part of a sum.
 
         Returns:
             What the step saw: log q, log p and which particles were finite, (S,).
@@ -148,13 +167,17 @@ class ELBO(Trace_ELBO):
             OptionError: the path gradient is asked of a flow without a path score.
         """
         score = None
+        rows = slice(None) if split is None else split.rows
         if self.path:
-            z, log_q, score = flow.rsample_with_score(self.num_particles, generator=generator)
+            z, log_q, score = flow.rsample_with_score(self.num_particles, generator=generator, rows=rows)
         else:
-            z, log_q = flow.rsample_and_log_prob(self.num_particles, generator=generator)
+            z, log_q = flow.rsample_and_log_prob(self.num_particles, generator=generator, rows=rows)
         z_, log_q_ = z.detach(), log_q.detach()
         log_p, grad = target.value_and_grad(z_)
+        if split is not None:
+            log_q_, log_p, grad, score = split.whole(log_q_, log_p, grad, score, beta)
         g_z, g_log_q, valid = self.cotangents(log_q_, log_p, grad, score, beta)
+        g_z, g_log_q = g_z[rows], None if g_log_q is None else g_log_q[rows]
         if g_log_q is None:
             torch.autograd.backward(z, g_z.to(z.dtype))
         else:

@@ -1,13 +1,96 @@
-"""What every test starts from: an empty parameter store, a seed, one thread; and where the references are."""
+"""What every test starts from: an empty parameter store, a seed, one thread, no network; and where the references are.
+
+`--slow-report FILE` writes a table of the tests that ran: `python -m pytest -m slow --slow-report tests/SLOW.md`.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
+import platform
+import sys
 from pathlib import Path
 
 import pyro
 import pytest
 import torch
+
+import flowvi
+
+_REACHED: list[str] = []
+"""The hosts that the present test tried to reach."""
+
+
+def _no_network(event: str, args: tuple) -> None:
+    """An audit hook: Python tells it of each name that is looked up and each address that is connected to."""
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        host = args[0]
+    elif event in ("socket.connect", "socket.sendto"):
+        host = args[1][0] if isinstance(args[1], tuple) else None  # else a socket in the file system
+    else:
+        return
+    name = host.decode() if isinstance(host, bytes) else str(host or "localhost")
+    if name in ("localhost", "::1", "0.0.0.0") or name.startswith("127."):
+        return
+    _REACHED.append(name)
+    raise ConnectionRefusedError(f"the tests have no network, and {name!r} is not this machine")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow-report", metavar="FILE", help="write a table of each test's outcome and seconds to FILE")
+
+
+def pytest_configure(config):
+    if not hasattr(sys, "flowvi_has_no_network"):  # a hook stays for good
+        sys.addaudithook(_no_network)
+        sys.flowvi_has_no_network = True
+    path = config.getoption("slow_report")
+    if path and not hasattr(config, "workerinput"):  # the workers' reports reach the first process
+        config.pluginmanager.register(SlowReport(Path(path)))
+
+
+class SlowReport:
+    """Collects outcomes; at the end a markdown table. Rows of test files that had no part in the run stay."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, tuple[str, float]] = {}
+
+    def pytest_runtest_logreport(self, report):
+        outcome, seconds = self.found.get(report.nodeid, ("passed", 0.0))
+        outcome = report.outcome if report.outcome != "passed" else outcome
+        self.found[report.nodeid] = (outcome, seconds + report.duration)
+
+    def pytest_sessionfinish(self):
+        if not self.found:
+            return
+        files = {name.split("::")[0] for name in self.found}
+        old = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        rows = {line for line in old if line.startswith("| tests/") and line[2:].split("::")[0] not in files}
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        rows |= {f"| {name} | {what} | {seconds:.1f} | {today} |" for name, (what, seconds) in self.found.items()}
+        versions = {"Python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
+        lines = [
+            "# The slow tests, last results",
+            "",
+            "Made by `python -m pytest -m slow --slow-report tests/SLOW.md`; a run of some files renews their rows.",
+            "",
+            "| test | outcome | seconds | date |",
+            "|---|---|---|---|",
+            *sorted(rows),
+            "",
+            f"flowvi {flowvi.__version__}, " + ", ".join(f"{k} {v}" for k, v in versions.items()) + " (the last run).",
+        ]
+        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """A test that reaches for another machine fails, even where a library hides that it could not."""
+    _REACHED.clear()
+    yield
+    reached = sorted(set(_REACHED))
+    assert not reached, f"the test tried to reach {', '.join(reached)}"
 
 
 @pytest.fixture(autouse=True)

@@ -173,6 +173,17 @@ def test_mixing_is_orthogonal_in_every_dtype(kind, dim):
         assert torch.allclose(mixing.undo(mixing(x)), x, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("make", [NICE, RealNVP])
+def test_a_start_away_from_the_identity(make):
+    x = torch.randn(2000, 3)
+    moved = [(make(3, num_flows=2, start=size)(x) - x).square().mean().sqrt().item() for size in (0.0, 0.1, 1.0)]
+    assert moved[0] < 1e-6
+    assert 0.005 < moved[1] < 0.2 < moved[2] < 3
+    network = DenseNetwork(0, (), 4)  # a bias alone has no weights to draw
+    network.stir(1.0)
+    assert not network(torch.empty(5, 0)).any()
+
+
 def test_random_orthogonal_is_uniform():
     first = torch.stack([random_orthogonal(3) for _ in range(2000)])
     assert first.mean(0).abs().max() < 0.07  # 0 +- .013 if uniform; QR alone has a diagonal of one sign

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib: pip install 'flowvi[experiments]'")
 
-from experiments import datasets, density
+from experiments import datasets, density, zuko_flows
 from flowvi.errors import FlowVIError
+from flowvi.transforms.registry import build
 
 
 @pytest.mark.parametrize("name", datasets.PLANE)
@@ -31,6 +32,15 @@ def test_the_density_of_a_plane_set_is_that_of_its_draws(name):
     entropy = -(mass * torch.where(mass > 0, data.log_density(grid), 0.0)).sum()
     found = -data.log_density(data.test)
     assert found.mean().item() == pytest.approx(entropy.item(), abs=5 * found.std().item() / 70 + 0.01)
+
+
+def test_the_worst_mode():
+    data = datasets.load("eight_gaussians", 10, 8000, seed=0)
+    assert datasets.worst_mode(data.test, *data.modes) < 0.15
+    right = data.test[(data.test - data.modes[0][0]).norm(dim=-1) > 2]  # all modes but the first
+    assert datasets.worst_mode(right, *data.modes) == pytest.approx(1)
+    blurred = 4 * torch.randn(8000, 2, generator=torch.Generator().manual_seed(0))
+    assert datasets.worst_mode(blurred, *data.modes) > 0.3
 
 
 def test_sets_are_reproducible_and_apart():
@@ -84,6 +94,28 @@ def test_tiny_run(tmp_path):
     table = paths[1].read_text()
     assert "Short fits of 40 steps" in table
     assert "| planar | 32 |" in table
+
+
+def test_zuko_stands_beside(tmp_path):
+    pytest.importorskip("zuko")
+    config = density.Config(datasets=("moons",), flows=("maf", "planar"), num_steps=30, num_train=500, num_test=400)
+    paths = density.run(config, progress=False).write(tmp_path)
+    rows = {row["flow"]: row for row in json.loads(paths[0].read_text())["rows"]}
+    maf = rows["maf"]
+    assert maf["ahead_of_zuko"] == pytest.approx(maf["log_likelihood"] - maf["zuko_log_likelihood"], abs=1e-6)
+    assert 0 < maf["ahead_of_zuko_se"] < maf["log_likelihood_se"] + maf["zuko_log_likelihood_se"]
+    assert maf["zuko_num_parameters"] == maf["num_parameters"]
+    assert rows["planar"]["ahead_of_zuko"] is None
+    assert "flowvi minus zuko" in paths[1].read_text()
+
+
+@pytest.mark.parametrize("name", zuko_flows.FAMILIES)
+def test_zukos_flows_have_the_size_of_ours(name):
+    pytest.importorskip("zuko")
+    theirs = zuko_flows.zuko_flow(name, 4, 3, hidden_dims=(32, 32), num_bins=8)
+    ours = build(name, 4, 3, **({"num_bins": 8} if name == "neural_spline" else {}))
+    count = [sum(p.numel() for layer in layers for p in layer.parameters()) for layers in (ours, [theirs])]
+    assert count[0] == count[1]
 
 
 def test_a_set_alone_without_a_picture(tmp_path):

@@ -143,7 +143,7 @@ def test_fig3_fits_nice_with_its_mixing():
     kls = set()
     for flow, mixing in (("NICE-perm", "perm"), ("NICE-orth", "orth")):
         row, q = fig3.fit_one(TINY, "U1", flow, 2, seed=0)
-        assert (row["flow"], q.spec.name, q.spec.options) == (flow, "nice", {"mixing": mixing})
+        assert (row["flow"], q.spec.name, q.spec.options) == (flow, "nice", {"mixing": mixing, "start": 1.0})
         assert math.isfinite(row["kl"])
         kls.add(row["kl"])
     assert len(kls) == 2
@@ -261,6 +261,19 @@ def test_flow_length_says_how_many_layers():
     assert "planar none, real_nvp none." in first
     assert "One choice" not in first
     assert "A (best: planar K = 4, 0.010), B (best: real_nvp K = 2, 0.015)." in second
+
+
+def test_flow_length_says_who_finds_all_modes():
+    config = dataclasses.replace(SHORT, energies=("R",), posteriors=(), seeds=2)
+    worst = {("planar", 1): (0.1, 0.3), ("planar", 2): (0.1, 0.2), ("real_nvp", 1): (0.1, None)}
+    rows = [
+        fit_of(0.0, target="R", flow=flow, k=k, seed=seed) | {"worst_mode": value}
+        for (flow, k), values in worst.items()
+        for seed, value in enumerate(values)
+    ]
+    (said,) = flow_length_report.modes(config, rows)
+    assert said.endswith("seeds 2 to 3: planar K = 2; real_nvp none.")
+    assert flow_length_report.modes(config, [fit_of(0.0)]) == []
 
 
 def test_flow_length_keeps_a_fit_that_fails(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flowvi
-from flowvi.conditional_flow import ConditionalFlow, conditional_factory
+from flowvi.conditional_flow import ConditionalFlow, conditional_factory, flow_at
 from flowvi.errors import (
     DimensionError,
     FileFormatError,
@@ -21,6 +21,7 @@ from flowvi.errors import (
     UnknownFlowError,
 )
 from flowvi.fit.adam import FlatAdam
+from flowvi.fit.density import _start
 from flowvi.transforms import Planar, available, conditional_planar, register
 
 FLOWS = [name for name in available() if not name.startswith("test")]
@@ -291,6 +292,20 @@ def test_contexts_are_asked_for_and_refused():
         with_context.flow.condition(torch.zeros(2))
     own = fit(x, "planar", c, num_steps=3, validation=x[:30], validation_context=c[:30])
     assert own.config["num_held_out"] == 30
+
+
+@pytest.mark.parametrize(("flow", "context_dim"), [("nice", 0), ("maf", 0), ("neural_spline", 0), ("maf", 3)])
+def test_networks_start_away_from_the_identity_and_from_the_seed(flow, context_dim):
+    x, context = ring(50), torch.randn(50, 3)
+
+    def start(seed):
+        q = _start(flowvi.FlowSpec(flow, 2, 2), context_dim, None, x, seed)
+        return flow_at(q, context if context_dim else None).log_prob(x)
+
+    standard = -0.5 * x.square().sum(-1) - math.log(2 * math.pi)
+    assert (start(0) - standard).abs().max() > 0.05
+    assert torch.equal(start(0), start(0))
+    assert not torch.equal(start(0), start(1))
 
 
 def test_factories_in_place_of_names():

@@ -57,8 +57,13 @@ def results(family, case, *, constraint="squareplus", paths=(True, False)):
         g = g_log_det if with_log_det else None
         grads = getattr(OPS, f"{family}_stack_backward")(g_y, g, x, *params, kept, *options)
         out |= {f"gradient {i}, log-det {with_log_det}": v for i, v in enumerate(grads)}
-    back, kept_back = getattr(OPS, f"{family}_stack_inverse")(y, *params, *options)
-    return out | {"x of y": back, "kept by the inverse": kept_back}
+    back, back_log_det, kept_back = getattr(OPS, f"{family}_stack_inverse")(y, *params, *options)
+    out |= {"x of y": back, "log_det of the inverse": back_log_det, "kept by the inverse": kept_back}
+    for given in ((g_y, g_log_det), (g_y, None), (None, g_log_det)):
+        grads = getattr(OPS, f"{family}_stack_inverse_backward")(*given, x, *params, kept, *options)
+        names = [name for name, g in zip(("x", "log-det"), given, strict=True) if g is not None]
+        out |= {f"gradient {i} of the inverse, {' and '.join(names)}": v for i, v in enumerate(grads)}
+    return out
 
 
 def agree(found, expected, tolerance):
@@ -171,9 +176,10 @@ def test_scores_are_those_of_autograd(family):
     stack, inverse = getattr(kernels, f"{family}_stack"), getattr(kernels, f"{family}_stack_inverse")
     y, _, _, score = getattr(kernels, f"{family}_stack_score")(x, -x, *params, *options)
     y = y.detach().requires_grad_()
-    back = inverse(y, *params, *options)
+    back, back_log_det = inverse(y, *params, *options)
     assert torch.allclose(back, x, atol=1e-9)
-    log_q = -0.5 * back.square().sum(-1) - stack(back, *params, *options)[1]
+    assert torch.allclose(back_log_det, -stack(x, *params, *options)[1], atol=1e-9)
+    log_q = -0.5 * back.square().sum(-1) + back_log_det
     assert torch.allclose(torch.autograd.grad(log_q.sum(), y)[0], score, atol=1e-7)
 
 
@@ -202,7 +208,7 @@ def test_operators_pass_opcheck(backend):
                 "planar_stack_score": (x, -x, *params),
                 "planar_stack_backward": (y, g, x, *params, t),
                 "planar_stack_inverse": (y, *params),
-                "planar_stack_inverse_backward": (y, x, *params, t),
+                "planar_stack_inverse_backward": (y, g, x, *params, t),
             }.items():
                 torch.library.opcheck(getattr(OPS, name).default, (*args, "squareplus"))
             x, *params = radial_case(2, 3, 4, F64, front=front)
@@ -212,7 +218,7 @@ def test_operators_pass_opcheck(backend):
                 "radial_stack_score": (x, -x, *params),
                 "radial_stack_backward": (y, g, x, *params, r),
                 "radial_stack_inverse": (y, *params),
-                "radial_stack_inverse_backward": (y, x, *params, r),
+                "radial_stack_inverse_backward": (y, g, x, *params, r),
             }.items():
                 torch.library.opcheck(getattr(OPS, name).default, args)
 

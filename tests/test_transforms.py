@@ -89,6 +89,19 @@ def test_round_trip(make, dim, dtype, tolerance):
     assert torch.allclose(t(t.inv(new).clone()), new, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_fifty_dimensions(name):
+    """Round trips, and one log-determinant against autograd's Jacobian, where sums over D are long."""
+    dim = 50
+    t = perturbed(CASES[name], dim)
+    x = torch.randn(20, dim, dtype=torch.float64)
+    back, log_det = t.invert(t(x).clone())
+    assert torch.allclose(back, x, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(-log_det, t.forward_and_log_det(x)[1], atol=1e-6)
+    jacobian = torch.autograd.functional.jacobian(lambda v: t(v), x[0])
+    assert torch.linalg.slogdet(jacobian)[1].item() == pytest.approx(-log_det[0].item(), abs=1e-6)
+
+
 def test_log_det_is_right_for_any_pair(make, dim):
     t = perturbed(make, dim)
     x, other = torch.randn(2, 7, dim, dtype=torch.float64)

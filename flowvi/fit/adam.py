@@ -6,6 +6,8 @@ counted. Nothing leaves the device: no step waits for a number.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +26,14 @@ class FlatParameters:
     """The parameters of a module as one vector; the module's own become views of it while this is in use.
 
     One vector means one optimizer step and one norm, however many parameters there are.
+
+    Args:
+        module: the module, or its parameters.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+    def __init__(self, module: nn.Module | Iterable[Tensor]) -> None:
+        each = module.parameters() if isinstance(module, nn.Module) else module
+        self.parameters = [p for p in each if p.requires_grad]
         with torch.no_grad():
             self.vector = torch.cat([p.reshape(-1) for p in self.parameters])
             self.grad = torch.zeros_like(self.vector)

@@ -11,17 +11,20 @@ from typing import Any, NamedTuple
 import torch
 
 from flowvi.fit.checkpoint import Checkpoint
+from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.engine import Record, Schedule, optimize, saved_schedule, seconds_per_step
 from flowvi.fit.labels import label_switching
 from flowvi.fit.modes import Mode, fit_mixture, survey
 from flowvi.fit.paths import connected
 from flowvi.fit.rounds import ROUND_STEPS, SECONDS, Check, as_plain, run_rounds
+from flowvi.fit.search import search
 from flowvi.fit.whiten import Gaussian, Start, whiten
 from flowvi.flow import Flow, FlowSpec
 from flowvi.mixture import MixtureFlow
 from flowvi.objectives import ELBO, BalancedELBO, LinearAnneal
 from flowvi.targets import LogDensity
 from flowvi.targets.compiling import CompileReport
+from flowvi.transforms.affine import default_rank
 
 ANNEAL_FRACTION = 0.3
 FIRST_ANNEALED_STEPS = 4000  # of rounds that begin annealed
@@ -94,7 +97,7 @@ class Family:
             torch.manual_seed(seed)
             flow = Flow.from_spec(spec, dtype=density.dtype, device=density.device, factory=self.factory)
         if gaussian is not None:
-            flow.transforms[-1].set_(gaussian.loc, gaussian.scale_tril)
+            flow.transforms[-1].set_(gaussian.loc, gaussian.scale_tril, getattr(gaussian, "factor", None))
         return flow
 
 
@@ -108,6 +111,7 @@ class Trial:
         seed: of everything random.
         timing: seconds by phase, added to.
         saver: takes the state from time to time.
+        ranks: over which the particles are split. Each of them works out everything; what rank 0 found counts.
     """
 
     def __init__(
@@ -118,13 +122,15 @@ class Trial:
         seed: int,
         timing: dict[str, float],
         saver: Checkpoint | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.density, self.family, self.plan, self.seed = density, family, plan, seed
-        self.timing, self.saver = timing, saver
+        self.timing, self.saver, self.ranks = timing, saver, ranks
         self.generator = torch.Generator(density.device).manual_seed(seed)
         self.gaussian: Gaussian | None = None
         self.compiled: CompileReport | None = None
         self.modes: Sequence[Mode] = ()
+        self.elsewhere: Mode | None = None
         self.groups: Sequence[Sequence[int]] = ()
         self.checks: list[Check] = []
         self.decided: dict[str, Any] = {"whiten": plan.whiten}
@@ -138,7 +144,7 @@ class Trial:
         self.anneal = self.plan.anneal
         if self.anneal is None:
             self.anneal = self.gaussian is not None and not self.gaussian.agree and len(self.modes) <= 1
-        flow = self._start(self.gaussian)
+        flow = self._start(self.elsewhere or self.gaussian)
         self.kind = BalancedELBO if flow.has_path_score else ELBO
         self.objective = self._objective(self.plan.num_steps)
         self._compile()
@@ -160,7 +166,8 @@ class Trial:
             "compile": _words(self.compiled),
             "rounds": as_plain(self.checks),
         }
-        return Attempt(_fresh_elbo(flow, self.density, self.generator), flow, record, self.decided)
+        elbo = self.ranks.same(_fresh_elbo(flow, self.density, self.generator))
+        return Attempt(elbo, flow, record, self.decided)
 
     def _resume(self) -> None:
         """Take what a checkpoint has of this trial, and give it what it is to keep."""
@@ -187,14 +194,16 @@ class Trial:
     def _whiten(self) -> None:
         if self.gaussian is None:
             start = time.perf_counter()
-            self.gaussian = whiten(
+            found = whiten(
                 self.density,
                 self.density.dim,
                 full=self.family.spec.base == "full",
+                rank=default_rank(self.density.dim) if self.family.spec.base == "low_rank" else 0,
                 generator=self.generator,
                 dtype=self.density.dtype,
                 progress=self.plan.progress,
             )
+            self.gaussian = self.ranks.same(found, self.generator)
             self._took("whiten", start)
             if self.saver is not None:
                 self.saver.save()
@@ -205,15 +214,26 @@ class Trial:
         assert self.gaussian is not None
         start = time.perf_counter()
         generator = torch.Generator(self.density.device).manual_seed(self.seed + 1)  # a resumed trial finds the same
-        starts = (self.gaussian, *self.gaussian.starts)
-        self.decided["starts_log_evidence"], self.modes = survey(starts, self.density, generator)
+        # A polish to low rank gains nats that the other starts, all diagonal, are not offered: like with like.
+        polished = () if self.gaussian.factor is not None else (self.gaussian,)
+        starts = (*polished, *self.gaussian.starts)
+        evidence, self.modes = survey(starts, self.density, generator)
+        further = search(self.modes, self.density, generator) if self.modes else ()
+        if further:
+            evidence, self.modes = survey((*starts, *further), self.density, generator)
+        evidence, self.modes = self.ranks.same((evidence, self.modes))
+        if len(self.modes) == 1 and any(torch.equal(self.modes[0].loc, start.loc) for start in further):
+            self.elsewhere = self.modes[0]  # what the starts had found is next to nothing beside it
+        self.decided["starts_log_evidence"] = evidence
         self.groups = connected(self.modes, self.density) if len(self.modes) > 1 else [[0]]
+        self.groups = self.ranks.same(self.groups)
         self.decided["modes"] = len(self.groups)
         self._took("modes", start)
 
     def _compile(self) -> None:
         """Compile the target where it pays; what a checkpoint says was decided stays, else bits would change."""
-        num_particles = self.objective.num_particles
+        mine = self.ranks.share(self.objective.num_particles)
+        num_particles = max(1, mine.stop - mine.start)
         if self.compiled is not None:
             if self.compiled.used:
                 self.density.compile(num_particles)
@@ -223,7 +243,12 @@ class Trial:
             start = time.perf_counter()
             to_come = ROUND_STEPS if self.plan.rounds else self.plan.num_steps
             num_calls = None if self.plan.compile is True else to_come
-            self.compiled = self.density.compile(num_particles, num_calls=num_calls)
+            found = self.density.compile(num_particles, num_calls=num_calls) if self.ranks.is_first else None
+            self.compiled = self.ranks.same(found, patient=True)
+            assert self.compiled is not None
+            if self.compiled.used and not self.ranks.is_first:
+                self.density.compile(num_particles)
+            self.ranks.same(None, self.generator, self.density.generator)  # measuring draws minibatches
             if self.compiled.seconds:
                 self._took("compile", start)
 
@@ -257,6 +282,7 @@ class Trial:
                 generator=self.generator,
                 progress=plan.progress,
                 checkpoint=saver,
+                ranks=self.ranks,
             )
             self.checks += checks
             return flow, record
@@ -264,7 +290,9 @@ class Trial:
         if schedule is None:
             num_steps = plan.num_steps
             if seconds is not None:
-                cost = seconds_per_step(flow, self.density, self._objective(1), generator=self.generator)
+                cost = seconds_per_step(
+                    flow, self.density, self._objective(1), generator=self.generator, ranks=self.ranks
+                )
                 num_steps = min(num_steps, max(MIN_STEPS, int(seconds / cost)))
             schedule = Schedule(num_steps, plan.lr)
         self.objective = self._objective(schedule.num_steps)
@@ -277,6 +305,7 @@ class Trial:
             progress=plan.progress,
             description=f"{self.family.spec.name} K={self.family.spec.num_flows}",
             checkpoint=saver,
+            ranks=self.ranks,
         )
         return flow, record
 

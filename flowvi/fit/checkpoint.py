@@ -24,6 +24,7 @@ from torch import Tensor
 from flowvi._version import __version__
 from flowvi.errors import CheckpointWarning, FileFormatError, OptionError
 from flowvi.files import CHECKPOINT, digest, plain, read, write
+from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.objectives import ELBO
 from flowvi.storage import site_table
 from flowvi.targets import LogDensity
@@ -47,31 +48,36 @@ class Checkpoint:
         every: seconds between two files.
         call: which call the file belongs to, from `describe`.
         seed: the call's; where the caller gave none (in `call`), that of a file is taken instead.
+        ranks: of which the first reads and writes the file, for all.
 
     Attributes:
         path: the file.
         seed: what is used.
+        resumed: whether there was a file.
 
     Raises:
         OptionError: the file is of another call, or the folder is a file.
         FileFormatError: the file is damaged, of a newer version, or not a checkpoint.
     """
 
-    def __init__(self, folder: str | Path, every: float, call: Mapping[str, Any], *, seed: int) -> None:
+    def __init__(
+        self, folder: str | Path, every: float, call: Mapping[str, Any], *, seed: int, ranks: Ranks = ALONE
+    ) -> None:
         self.path = Path(folder) / FILE
-        if Path(folder).exists() and not Path(folder).is_dir():
-            raise OptionError(f"checkpoint must be a folder, and {folder} is a file.")
-        self._every, self._call = every, dict(call)
+        self._every, self._call, self._ranks = every, dict(call), ranks
         self._states: dict[str, State] = {}
         self._generators: dict[str, torch.Generator] = {}
         self._failed = False
         self._last = time.monotonic()
-        self._found = self._open()
+        self._found = ranks.first(self._open)
         self.seed = seed if self._found is None else int(self._found["call"]["seed"])
-        self._call["seed"] = self.seed
+        self.resumed = self._found is not None
 
     def _open(self) -> dict[str, Any] | None:
         """What the file holds; None where there is none."""
+        folder = self.path.parent
+        if folder.exists() and not folder.is_dir():
+            raise OptionError(f"checkpoint must be a folder, and {folder} is a file.")
         if not self.path.exists():
             return None
         try:
@@ -144,10 +150,12 @@ class Checkpoint:
         return time.monotonic() - self._last >= self._every
 
     def save(self) -> None:
-        """Write the present state. Where that fails, the fit goes on, with one warning."""
+        """Write the present state, on rank 0. Where that fails, the fit goes on, with one warning."""
+        if not self._ranks.is_first:
+            return
         content = {
             "flowvi": __version__,
-            "call": self._call,
+            "call": self._call | {"seed": self.seed},
             "parts": {part: state() for part, state in self._states.items()},
             "generators": {name: generator.get_state() for name, generator in self._generators.items()},
         }

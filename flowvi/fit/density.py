@@ -24,6 +24,7 @@ from flowvi.fit.rows import Rows, Scaling, as_rows, split
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
 from flowvi.threads import one_thread_if_small
+from flowvi.transforms.networks import ZeroStart
 from flowvi.transforms.registry import FlowEntry, lookup
 
 __all__ = ["fit_density"]
@@ -33,6 +34,7 @@ BATCH_SIZE = 512
 LR = 5e-3
 LR_SHALLOW = 2e-2  # of fused stacks, which have few parameters and no network
 PATIENCE = 40
+STIR = 1.0  # size of what a network's last layer adds to a coordinate at the start, in sds of the data
 CHECKS = 100  # of the held-out rows, in the course of a fit
 CHECKED_ROWS = 10_000  # held-out rows at most for one check; the final score takes all
 
@@ -60,11 +62,12 @@ def fit_density(
     r"""Maximize the mean of log q(x_n), or log q(x_n | context_n), over rows of data.
 
     The density is that of x = loc + A f_K(...f_1(eps)), eps ~ N(0, I); log q(x) goes through the exact inverses,
-    so that planar and radial flows work too. The affine layer starts at the data's mean and covariance and is
-    learnt with the rest; all work is done on standardized data, and the result is in the data's units. Adam with
-    a warm-up, a cosine schedule and gradient clipping, on minibatches without replacement; steps with a
-    non-finite gradient are skipped and counted. The parameters with the best held-out score are kept, and the
-    fit ends early where that score has stopped improving. Ctrl-C returns the best so far.
+    so that planar and radial flows work too. All work is done on standardized data, and the result is in the data's
+    units. The affine layer starts at the data's mean and covariance and is learnt with the rest; layers with networks
+    start at random, which leaves the saddles of symmetric data. Adam with a warm-up, a cosine schedule and gradient
+    clipping, on minibatches without replacement; steps with a non-finite gradient are skipped and counted. The
+    parameters with the best held-out score are kept, and the fit ends early where that score has stopped improving.
+    Ctrl-C returns the best so far.
 
     A column with many equal values (rounded, counted) has no density: add noise of the rounding's size first.
 
@@ -177,12 +180,19 @@ def fit_density(
 
 
 def _start(spec: FlowSpec, context_dim: int, factory: Any, like: Tensor, seed: int) -> Flow | ConditionalFlow:
-    """The flow at the identity, its random parts drawn from the seed."""
+    """The flow near the identity, its random parts drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        q: Flow | ConditionalFlow
         if context_dim:
-            return ConditionalFlow(spec, context_dim, dtype=like.dtype, device=like.device, factory=factory)
-        return Flow.from_spec(spec, dtype=like.dtype, device=like.device, factory=factory)
+            q = ConditionalFlow(spec, context_dim, dtype=like.dtype, device=like.device, factory=factory)
+        else:
+            q = Flow.from_spec(spec, dtype=like.dtype, device=like.device, factory=factory)
+        # Off the identity, a saddle where data are symmetric; data keep a random start from running away.
+        for network in _module(q).modules():
+            if isinstance(network, ZeroStart):
+                network.stir(STIR)
+        return q
 
 
 def _module(q: Flow | ConditionalFlow) -> nn.Module:

@@ -13,12 +13,16 @@ from tqdm.auto import tqdm
 
 from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.checkpoint import Checkpoint, whole_steps
+from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.steps import make_step
 from flowvi.flow import Flow
 from flowvi.objectives import ELBO, Target
 
 WARM_UP = 50
 """Steps over which the step size grows from 0: Adam's second moment is noise before that."""
+
+STOP_EVERY = 20
+"""Steps after which ranks agree whether Ctrl-C reached one of them."""
 
 LOOP = "loop"
 """The part of a checkpoint that is the loop's."""
@@ -93,6 +97,7 @@ def optimize(
     progress: bool | None = None,
     description: str = "fit",
     checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
 ) -> Record:
     """Maximize the objective over the flow's parameters, in place.
 
@@ -108,14 +113,16 @@ def optimize(
         progress: whether a bar is shown; None shows it in a terminal or notebook.
         description: the bar's label.
         checkpoint: takes the loop's state from time to time; the loop goes on where it was.
+        ranks: over which the particles are split; every rank's flow ends with the same bits.
     """
     saved = None if checkpoint is None else checkpoint.take(LOOP)
     if checkpoint is not None and saved is not None:
         with checkpoint.reading():
             flow.load_state_dict(saved["flow"])
     flat = FlatParameters(flow.module)
+    ranks.broadcast_(flat.vector)
     adam = FlatAdam(flat.vector, flat.grad)
-    one_step = make_step(flow, target, objective, flat)
+    one_step = make_step(flow, target, objective, flat, ranks)
     elbo = torch.full((schedule.num_steps,), math.nan, dtype=torch.float64, device=flat.vector.device)
     num_valid = torch.full_like(elbo, objective.num_particles)
     record = Record(elbo=elbo, fused=one_step.fused)
@@ -163,10 +170,11 @@ def optimize(
                     bar.update(20)
                     mean = float(elbo[max(0, step - 99) : step + 1].nanmean())
                     bar.set_postfix_str(f"ELBO {mean:.2f}", refresh=False)
-                if checkpoint is not None and (ctrl_c or checkpoint.due()):
+                stop = bool(ctrl_c) or (step % STOP_EVERY == STOP_EVERY - 1 and ranks.stop_asked())
+                if checkpoint is not None and (stop or checkpoint.due()):
                     checkpoint.save()
-                    if ctrl_c:
-                        raise KeyboardInterrupt
+                if stop:
+                    raise KeyboardInterrupt
     except KeyboardInterrupt:
         record.stopped = "interrupted"
     finally:
@@ -174,6 +182,7 @@ def optimize(
             checkpoint.keep(LOOP, None)
         bar.close()
         flat.release()
+    ranks.broadcast_(*flow.parameters())  # processors of two kinds round differently
     taken = len(record.beta)
     record.elbo = elbo[:taken].cpu()
     record.nonfinite_particles = int((objective.num_particles - num_valid[:taken]).sum())
@@ -192,17 +201,23 @@ def saved_schedule(checkpoint: Checkpoint | None) -> Schedule | None:
 
 
 def seconds_per_step(
-    flow: Flow, target: Target, objective: ELBO, *, generator: torch.Generator, num_steps: int = 10
+    flow: Flow,
+    target: Target,
+    objective: ELBO,
+    *,
+    generator: torch.Generator,
+    num_steps: int = 10,
+    ranks: Ranks = ALONE,
 ) -> float:
-    """What a step costs here, measured on a few that are not taken."""
+    """What a step costs here (on rank 0, of several), measured on a few that are not taken."""
     flat = FlatParameters(flow.module)
     times = []
     try:
-        one_step = make_step(flow, target, objective, flat)
+        one_step = make_step(flow, target, objective, flat, ranks)
         for _ in range(num_steps):
             start = time.perf_counter()
             one_step(1.0, generator)
             times.append(time.perf_counter() - start)
     finally:
         flat.release()
-    return sorted(times)[num_steps // 2]
+    return ranks.same(sorted(times)[num_steps // 2])

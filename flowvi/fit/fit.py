@@ -6,25 +6,31 @@ import math
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from flowvi.checks import positive_integers_or_none, positive_numbers_or_none
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError, UntrustedWarning
+from flowvi.files import plain
 from flowvi.fit.attempt import Attempt, Family, Plan, Trial
 from flowvi.fit.checkpoint import Checkpoint, describe
+from flowvi.fit.distributed import ALONE, Ranks, local_device
 from flowvi.fit.engine import Record
+from flowvi.fit.steps import check_split
 from flowvi.flow import FlowSpec
 from flowvi.guides import default_base
-from flowvi.objectives import ELBO
+from flowvi.objectives import ELBO, BalancedELBO
 from flowvi.posterior import History, Posterior
 from flowvi.targets import as_density
 from flowvi.threads import one_thread_if_small
 from flowvi.transforms.registry import FlowEntry, lookup
+
+if TYPE_CHECKING:
+    from flowvi.amortized_fit import AmortizedFit
 
 __all__ = ["fit"]
 
@@ -34,9 +40,31 @@ AUTO_FLOW = "planar"
 LONG = 32  # layers, above which the step size falls as 1 / sqrt(K): the moves of K layers add up
 
 
+@overload
 def fit(
     target: Any,
-    args: Sequence[Any] = (),
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    encoder: None = None,
+    **options: Any,
+) -> Posterior: ...
+
+
+@overload
+def fit(
+    target: Any,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    encoder: Callable[..., torch.Tensor],
+    **options: Any,
+) -> AmortizedFit: ...
+
+
+def fit(
+    target: Any,
+    args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     dim: int | None = None,
@@ -59,8 +87,13 @@ def fit(
     verify: bool | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 30.0,
+    distributed: bool | str = False,
+    encoder: Callable[..., torch.Tensor] | None = None,
+    batch_size: int | None = None,
+    validation: Any = None,
+    patience: int | None = None,
     **options: Any,
-) -> Posterior:
+) -> Posterior | AmortizedFit:
     r"""Fit q(z) = loc + A f_K(...f_1(eps)) to a posterior by maximizing the ELBO; None lets the engine decide.
 
     What it does: the target is traced once into a batched log density. A model or callable is whitened first
@@ -108,13 +141,33 @@ def fit(
             round begun is as long as it was to be, and later ones are measured anew. A folder that can't be
             written gives a `CheckpointWarning`, and the fit goes on.
         checkpoint_every: seconds between two files, and so what a crash can lose at most; 30.
-        **options: what the flow's factory takes.
+        distributed: True in a program that `torchrun` (or `torch.distributed`) started as several processes: each
+            step's particles are split over these ranks, the steps are those of one process with all particles, and
+            every rank returns the same posterior. "restarts" gives each rank whole fits instead (`restarts`, by
+            default one a rank), which exchanges nothing until the end. Rank 0 reports, decides by its clock, and keeps
+            the checkpoint (with "restarts" each rank has a folder in it). The ranks must make the same calls.
+        encoder: a network from data (n, ...) to features (n, C). With it every data point gets a flow of its own
+            (`flowvi.AmortizedGuide`), and model and encoder are learnt together by minibatches: modules in place,
+            `pyro.param` kept in the result. `args` is the data, tensors or a torch Dataset, and what else the model
+            takes; the model's plate is as long as the minibatch it is given, pyro.plate("data", len(x)), or has the
+            size of all data and a subsample of that length. `num_steps` is 20,000 then, `num_particles` 1 per data
+            point, `lr` 1e-3, and the objective `flowvi.PathELBO`, annealed where `anneal` says (True: over a tenth of
+            the steps). An `IWELBO` is taken too.
+        batch_size: with `encoder`, rows of a step; 100.
+        validation: with `encoder`, the fraction of rows held out, drawn by the seed, .05; or held-out data, as `args`.
+            What scores best on them is kept.
+        patience: with `encoder`, checks of the held-out ELBO (there are 100 in a full fit) without improvement that
+            end the fit; 20.
+        **options: what the flow's factory takes; with `encoder`, what `flowvi.AmortizedGuide` takes, and
+            optimizer="adam" or "rmsprop" (with momentum .9), lr_schedule="cosine" or "constant".
 
     Returns:
-        The posterior.
+        The posterior; with `encoder` an `AmortizedFit`: `elbo`, `log_likelihood`, `posterior`, `sample`, `history`.
 
     Raises:
-        OptionError, UnknownFlowError: an argument can't be used, or `checkpoint` belongs to another call.
+        OptionError, UnknownFlowError: an argument can't be used, `checkpoint` belongs to another call, or the process
+            was not started as one of several where `distributed` says so.
+        RankLostError: another rank ended or fell silent; the same call goes on from the checkpoint.
         FileFormatError: the file in `checkpoint` is damaged, of a newer version or of something else.
         DimensionError, TargetError and its children: the target can't be used; the message says why.
 
@@ -124,6 +177,47 @@ def fit(
         >>> posterior.sample(10)["z"].shape
         torch.Size([10, 2])
     """
+    if encoder is not None:
+        given = {
+            "dim": dim, "whiten": whiten, "base": base, "restarts": restarts, "time_limit": time_limit,
+            "dtype": dtype, "verify": verify or None,
+        }  # fmt: skip
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise OptionError(f"{', '.join(wrong)} can't go with encoder=: leave it out.")
+        if not isinstance(flow, str):
+            raise OptionError(f"with encoder= the flow is a registered name, not {flow!r}.")
+        if distributed not in (False, True):
+            raise OptionError(
+                f"with encoder= distributed is True or False, not {distributed!r}: minibatches are split."
+            )
+        from flowvi.fit.amortized import fit_amortized
+
+        return fit_amortized(
+            target,
+            args,
+            kwargs,
+            encoder,
+            flow=flow,
+            num_flows=num_flows,
+            num_steps=num_steps,
+            num_particles=num_particles,
+            lr=lr,
+            anneal=anneal,
+            objective=objective,
+            batch_size=batch_size,
+            validation=validation,
+            patience=patience,
+            seed=seed,
+            device=device,
+            progress=progress,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            ranks=Ranks.join() if distributed else ALONE,
+            **options,
+        )
+    for name_, value in (("batch_size", batch_size), ("validation", validation), ("patience", patience)):
+        if value is not None:
+            raise OptionError(f"{name_} goes with encoder=, by which minibatches are fitted.")
     positive_integers_or_none(num_steps=num_steps, num_particles=num_particles, restarts=restarts)
     positive_numbers_or_none(lr=lr, time_limit=time_limit, checkpoint_every=checkpoint_every)
     if compile not in (None, True, False, "auto"):
@@ -136,11 +230,18 @@ def fit(
     entry = lookup(name) if isinstance(name, str) else FlowEntry(name)
     if num_flows is None:
         num_flows = entry.num_flows
-    seed_asked, seed = seed, secrets.randbits(31) if seed is None else seed
+    job, ranks, restarts = _ranks(distributed, restarts)  # the particles are split over `ranks`
+    by_restarts = job is not ranks
+    mine = range(job.rank, restarts, job.world) if by_restarts else range(restarts)
+    most = -(-restarts // job.world) if by_restarts else restarts  # of one rank
+    if ranks.world > 1:
+        check_split(objective or BalancedELBO(num_particles or NUM_PARTICLES), ranks)
+    seed_asked, seed = seed, job.same(secrets.randbits(31) if seed is None else seed)
 
     timing: dict[str, float] = {}
     start = time.perf_counter()
-    density = as_density(target, args=args, kwargs=kwargs, dim=dim, dtype=dtype, device=device)
+    with job.quiet():
+        density = as_density(target, args=args, kwargs=kwargs, dim=dim, dtype=dtype, device=local_device(device, job))
     timing["trace"] = time.perf_counter() - start
 
     label = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
@@ -155,31 +256,39 @@ def fit(
         anneal=anneal if anneal is not None or not is_energy else True,
         whiten=whiten,
         objective=objective,
-        time_limit=None if time_limit is None else time_limit / (restarts or 1),
+        time_limit=None if time_limit is None else time_limit / most,
         compile=compile,
-        progress=progress,
+        progress=progress if job.is_first else False,
         rounds=rounds,
     )
     saver = None
     tries: list[Attempt] = []
     if checkpoint is not None:
         settings = replace(plan, compile=None, progress=None)
-        call = describe(density, seed_asked, spec, settings, factory=family.factory, restarts=restarts or 1)
-        saver = Checkpoint(checkpoint, checkpoint_every, call, seed=seed)
+        call = describe(density, seed_asked, spec, settings, factory=family.factory, restarts=restarts)
+        if by_restarts:
+            call["rank"] = f"{job.rank} of {job.world}"
+            checkpoint = Path(checkpoint, f"rank{job.rank}")
+        saver = Checkpoint(checkpoint, checkpoint_every, call, seed=seed, ranks=ranks)
+        if by_restarts:  # a rank that was cut off before its first file takes the seed of those that were not
+            seeds = job.gather((saver.resumed, saver.seed))
+            saver.seed = next((theirs for resumed, theirs in seeds if resumed), seeds[0][1])
         seed = saver.seed
         saved = saver.take("fit")
         if saved is not None:
             with saver.reading():
-                tries = [Attempt.from_dict(t, family, density, seed + i) for i, t in enumerate(saved["tries"])]
+                pairs = zip(mine, saved["tries"], strict=False)
+                tries = [Attempt.from_dict(t, family, density, seed + i) for i, t in pairs]
                 timing |= saved["timing"]
         saver.keep("fit", lambda: {"tries": [t.to_dict() for t in tries], "timing": timing})
     interrupted = False
-    with one_thread_if_small(plan.num_particles * density.dim * max(1, num_flows)):
-        for attempt in range(len(tries), restarts or 1):
+    size = plan.num_particles * density.dim * max(1, num_flows) // ranks.world
+    with one_thread_if_small(size), job.working(together=not by_restarts):
+        for attempt in mine[len(tries) :]:
             try:
-                tries.append(Trial(density, family, plan, seed + attempt, timing, saver).run())
+                tries.append(Trial(density, family, plan, seed + attempt, timing, saver, ranks).run())
             except KeyboardInterrupt:  # before its first step
-                if not tries:
+                if not tries and not by_restarts:
                     raise
                 interrupted = True
             if interrupted or tries[-1].record.stopped == "interrupted":
@@ -189,6 +298,12 @@ def fit(
             if saver is not None:
                 saver.keep("attempt", None)
                 saver.save()
+        if by_restarts:
+            found = job.gather((interrupted, [plain(t.to_dict()) for t in tries]))
+            interrupted = any(stopped for stopped, _ in found)
+            tries = [Attempt.from_dict(t, family, density, seed) for _, theirs in found for t in theirs]
+            if not tries:
+                raise KeyboardInterrupt
     best = max(tries, key=lambda t: t.elbo)
     if interrupted:
         best.record.stopped = "interrupted"
@@ -201,19 +316,22 @@ def fit(
         "options": dict(options),
         "num_parameters": sum(p.numel() for p in q.parameters()),
         **decided,
-        "restarts": restarts or 1,
+        "restarts": restarts,
+        "ranks": job.world,
         "seed": seed,
         "dtype": str(density.dtype).removeprefix("torch."),
         "device": str(density.device),
         "log_density": density.path,
         "stopped": record.stopped,
     }
+    config, timing = job.same((config, timing))
     posterior = Posterior(q, density, config=config, timing=timing, history=_history(record), seed=seed)
-    _report_trouble(record, config["num_particles"])
+    if job.is_first:
+        _report_trouble(record, config["num_particles"])
     if verify is None or verify:
         start = time.perf_counter()
         try:
-            found = posterior.diagnose()
+            diagnosis = posterior.diagnose()
         except KeyboardInterrupt:  # what is fitted is not lost
             warnings.warn(
                 InterruptedWarning("stopped by Ctrl-C before the fit was verified: see posterior.diagnose()."),
@@ -222,9 +340,21 @@ def fit(
             return posterior
         timing["diagnose"] = time.perf_counter() - start
         posterior.timing["diagnose"] = timing["diagnose"]
-        if not found.trusted:
-            warnings.warn(UntrustedWarning(found.verdict), stacklevel=2)
+        if not diagnosis.trusted and job.is_first:
+            warnings.warn(UntrustedWarning(diagnosis.verdict), stacklevel=2)
     return posterior
+
+
+def _ranks(distributed: bool | str, restarts: int | None) -> tuple[Ranks, Ranks, int]:
+    """The job's ranks, those over which the particles are split, and how many restarts there are."""
+    if distributed not in (False, True, "particles", "restarts"):
+        raise OptionError(f"distributed must be True, False, 'particles' or 'restarts', not {distributed!r}.")
+    job = Ranks.join() if distributed else ALONE
+    if distributed != "restarts" or job.world == 1:
+        return job, job, restarts or 1
+    if restarts is not None and restarts < job.world:
+        raise OptionError(f"{restarts} restarts can't be split over {job.world} ranks: ask for more restarts.")
+    return job, ALONE, restarts or job.world
 
 
 def _history(record: Record) -> History:

@@ -80,14 +80,18 @@ class _Gaussians:
         z = self.loc.unsqueeze(1) + (e @ self.tril.mT if self.full else e * self.tril.unsqueeze(1))
         return z.reshape(-1, self.dim)
 
+    def whitened(self, z: Tensor) -> Tensor:
+        """L_r^-1 (z - mu_r), (S, R, D)."""
+        columns = []
+        for loc, tril in zip(self.loc, self.tril, strict=True):
+            e = z.double() - loc
+            columns.append(torch.linalg.solve_triangular(tril, e.mT, upper=False).mT if self.full else e / tril)
+        return torch.stack(columns, 1)
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log g_r(z), (S, R)."""
-        columns = []
-        for loc, tril, log_scale in zip(self.loc, self.tril, self.log_scale, strict=True):
-            e = z.double() - loc
-            e = torch.linalg.solve_triangular(tril, e.mT, upper=False).mT if self.full else e / tril
-            columns.append(-0.5 * e.square().sum(-1) - log_scale)
-        return torch.stack(columns, -1) - 0.5 * self.dim * math.log(2 * math.pi)
+        squares = self.whitened(z).square().sum(-1)
+        return -0.5 * squares - self.log_scale - 0.5 * self.dim * math.log(2 * math.pi)
 
     def distance(self, i: int, j: int) -> float:
         """Between two means, in sds of the mean of both covariances."""
@@ -97,6 +101,13 @@ class _Gaussians:
         covariance = (self.tril[[i, j]] @ self.tril[[i, j]].mT).mean(0)
         tril = torch.linalg.cholesky(covariance)
         return float(torch.linalg.solve_triangular(tril, offset[:, None], upper=False).norm())
+
+
+def near(modes: Sequence[Start], z: Tensor) -> Tensor:
+    """Whether points (S, D) are near each mode, in its own sds: (S, R), bool."""
+    gaussians = _Gaussians(modes)
+    e = gaussians.whitened(z)
+    return torch.linalg.vector_norm(e, dim=-1) <= NEAR + NEAR_PER_ROOT_DIM * gaussians.dim**0.5
 
 
 def _usable(starts: Sequence[Start]) -> list[Start]:

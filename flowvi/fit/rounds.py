@@ -17,6 +17,7 @@ import torch
 
 from flowvi.diagnostics import judge
 from flowvi.fit.checkpoint import Checkpoint
+from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.engine import Record, Schedule, optimize, saved_schedule, seconds_per_step
 from flowvi.flow import Flow
 from flowvi.objectives import ELBO
@@ -42,6 +43,10 @@ FIRST, GROW, MAX_FLOWS = 32, 4, 512
 NUM_DRAWS = 8192
 ROUND_STEPS, MIN_STEPS = 1000, 250
 LR_FALL = math.sqrt(0.5)
+WORSE, MAX_WORSE = 0.5, 4
+"""A round that ends so many nats below its start, beyond the noise, was one with steps too large: it is made again with
+a quarter of them, so often at most."""
+
 ROUNDS = "rounds"
 """The part of a checkpoint that is the rounds'."""
 
@@ -125,6 +130,7 @@ def run_rounds(
     generator: torch.Generator,
     progress: bool | None,
     checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Flow, Record, list[Check]]:
     """Train, check, and go on while it pays.
 
@@ -144,6 +150,7 @@ def run_rounds(
         generator: where the randomness comes from.
         progress: whether bars are shown.
         checkpoint: takes the state from time to time; the rounds go on where they were.
+        ranks: over which the particles are split; the checks and the clock are those of rank 0.
 
     Returns:
         The flow, the record of all steps, and the checks; ``record.stopped`` says why it ended.
@@ -153,6 +160,7 @@ def run_rounds(
     checks: list[Check] = []
     record = Record(elbo=torch.empty(0, dtype=torch.float64))
     best: tuple[Check, Flow] | None = None
+    gaussian, worse = flow, 0
     saved = None if checkpoint is None else checkpoint.take(ROUNDS)
     if checkpoint is not None and saved is not None:
         with checkpoint.reading():
@@ -166,7 +174,7 @@ def run_rounds(
     else:
         num_flows = FIRST
         if whitened:
-            checks.append(check(flow, density, generator, num_steps=0, seconds=0.0))
+            checks.append(ranks.same(check(flow, density, generator, num_steps=0, seconds=0.0)))
             if checks[0].reaches(GAUSSIAN_GOAL_PER_DIM * flow.dim):
                 record.stopped = "the Gaussian is the answer"
                 return flow, record, checks
@@ -194,26 +202,37 @@ def run_rounds(
         while True:
             schedule = saved_schedule(checkpoint)
             if schedule is None:
-                cost = seconds_per_step(flow, density, make_objective(None), generator=generator)
-                fitting = int((seconds - (time.perf_counter() - start)) / cost)
-                if fitting < MIN_STEPS and best is not None:
-                    record.stopped = f"the time limit of {seconds:g} s, at a gap of {best[0].gap:.2g} nats"
+                cost = seconds_per_step(flow, density, make_objective(None), generator=generator, ranks=ranks)
+                fitting = ranks.same(int((seconds - (time.perf_counter() - start)) / cost))
+                if fitting < MIN_STEPS and (best is not None or worse):
+                    gap = checks[0].gap if best is None else best[0].gap
+                    record.stopped = f"the time limit of {seconds:g} s, at a gap of {gap:.2g} nats"
                     break
                 schedule = Schedule(max(MIN_STEPS, min(num_steps, fitting)), step_lr)
             num_steps, step_lr = schedule.num_steps, schedule.lr
             seen = optimize(
                 flow,
                 density,
-                make_objective(num_steps if annealed and best is None else None),
+                make_objective(num_steps if annealed and best is None and not worse else None),
                 schedule,
                 generator=generator,
                 progress=progress,
                 description=f"planar K={num_flows}",
                 checkpoint=checkpoint,
+                ranks=ranks,
             )
             record.extend(seen)
-            found = check(flow, density, generator, num_steps=num_steps, seconds=seen.seconds)
+            found = ranks.same(check(flow, density, generator, num_steps=num_steps, seconds=seen.seconds))
             checks.append(found)
+            before = best[0] if best is not None else checks[0] if whitened else None
+            if before is not None and _is_worse(found, before) and seen.stopped != "interrupted":
+                worse, lr = worse + 1, lr / 4
+                if worse > MAX_WORSE:
+                    record.stopped = "the steps that were tried make it worse"
+                    break
+                step_lr = min(step_lr / 4, lr)
+                flow = grow(gaussian if best is None else best[1], num_flows, seed + worse)
+                continue
             gain = math.inf if best is None else found.elbo - best[0].elbo
             noise = 0.0 if best is None else math.hypot(found.elbo_se, best[0].elbo_se)
             if best is None or not gain < 0:  # keep the better one; a NaN is not better
@@ -239,7 +258,15 @@ def run_rounds(
     finally:
         if checkpoint is not None:
             checkpoint.keep(ROUNDS, None)
-    return flow if best is None else best[1], record, checks
+    if best is None:
+        return gaussian if worse else flow, record, checks
+    return best[1], record, checks
+
+
+def _is_worse(found: Check, before: Check) -> bool:
+    """Whether a round lost what was there, beyond the noise."""
+    lost = before.elbo - found.elbo
+    return math.isfinite(before.elbo) and not lost < WORSE + 4 * math.hypot(before.elbo_se, found.elbo_se)
 
 
 def as_plain(checks: list[Check]) -> list[dict[str, float]]:

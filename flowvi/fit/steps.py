@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowvi.errors import OptionError
 from flowvi.fit.adam import FlatParameters
+from flowvi.fit.distributed import ALONE, Ranks, Split
 from flowvi.flow import Flow
 from flowvi.kernels import dispatch
 from flowvi.objectives import BALANCE, BALANCE_FALL, ELBO, BalancedELBO, Target
@@ -28,7 +30,7 @@ class Step(Protocol):
         ...
 
 
-def make_step(flow: Flow, target: Target, objective: ELBO, flat: FlatParameters) -> Step:
+def make_step(flow: Flow, target: Target, objective: ELBO, flat: FlatParameters, ranks: Ranks = ALONE) -> Step:
     """The fastest way there is for this flow, target and objective.
 
     Args:
@@ -36,12 +38,40 @@ def make_step(flow: Flow, target: Target, objective: ELBO, flat: FlatParameters)
         target: log p and its gradient.
         objective: the estimator.
         flat: the parameters and their gradient; it must outlive the step.
+        ranks: over which the particles are split.
+
+    Raises:
+        OptionError: the objective's particles can't be split.
     """
+    split = None
+    if ranks.world > 1:
+        check_split(objective, ranks)
+        split = Split(ranks, objective.num_particles, flat.grad)
     if flow.has_standard_base and type(objective).backward is ELBO.backward:
-        layers = [t.bind(objective.num_particles, objective.path) for t in flow.transforms if hasattr(t, "bind")]
+        size = objective.num_particles if split is None else split.size
+        layers = [t.bind(size, objective.path) for t in flow.transforms if hasattr(t, "bind")]
         if layers and len(layers) == len(flow.transforms) and None not in layers:
-            return FusedStep(flow, layers, target, objective)
-    return TapeStep(flow, target, objective, flat)
+            return FusedStep(flow, layers, target, objective, split)
+    return TapeStep(flow, target, objective, flat, split)
+
+
+def check_split(objective: ELBO, ranks: Ranks) -> None:
+    """The objective's particles can be split over the ranks.
+
+    Raises:
+        OptionError: they can't; the message says why.
+    """
+    kind = type(objective)
+    if kind.backward is not ELBO.backward or kind.cotangents not in (ELBO.cotangents, BalancedELBO.cotangents):
+        raise OptionError(
+            f"the particles of {kind.__name__} can't be split over ranks, because it has a gradient of its own: "
+            f'use distributed="restarts", or one of flowvi\'s objectives.'
+        )
+    if objective.num_particles < ranks.world:
+        raise OptionError(
+            f"{objective.num_particles} particles can't be split over {ranks.world} ranks: raise num_particles, "
+            f"or launch fewer ranks."
+        )
 
 
 class TapeStep:
@@ -49,13 +79,19 @@ class TapeStep:
 
     fused = False
 
-    def __init__(self, flow: Flow, target: Target, objective: ELBO, flat: FlatParameters) -> None:
-        self.flow, self.target, self.objective, self.flat = flow, target, objective, flat
+    def __init__(
+        self, flow: Flow, target: Target, objective: ELBO, flat: FlatParameters, split: Split | None = None
+    ) -> None:
+        self.flow, self.target, self.objective, self.flat, self.split = flow, target, objective, flat, split
 
     def __call__(self, beta: float, generator: torch.Generator) -> tuple[Tensor | float, Tensor | float]:
         """See `Step`."""
         self.flat.grad.zero_()
-        seen = self.objective.backward(self.flow, self.target, beta=beta, generator=generator)
+        if self.split is None:
+            seen = self.objective.backward(self.flow, self.target, beta=beta, generator=generator)
+        else:
+            seen = self.objective.backward(self.flow, self.target, beta=beta, generator=generator, split=self.split)
+            self.split.finish()
         num = seen.valid.sum()
         return num, torch.where(seen.valid, seen.log_p - seen.log_q, 0.0).sum() / num
 
@@ -68,16 +104,21 @@ class FusedStep:
         layers: its transforms, bound (`InvertibleMap.bind`).
         target: log p and its gradient.
         objective: the estimator.
+        split: this process's part of the particles.
     """
 
     fused = True
 
-    def __init__(self, flow: Flow, layers: list[Any], target: Target, objective: ELBO) -> None:
-        self.layers, self.target, self.objective = layers, target, objective
+    def __init__(
+        self, flow: Flow, layers: list[Any], target: Target, objective: ELBO, split: Split | None = None
+    ) -> None:
+        self.layers, self.target, self.objective, self.split = layers, target, objective, split
         like: dict[str, Any] = {"dtype": flow.dtype, "device": flow.device}
         size, dim = objective.num_particles, flow.dim
         self._eps, self._g_z = torch.empty(size, dim, **like), torch.empty(size, dim, **like)
         self._log_q, self._g_log_q = torch.empty(size, **like), torch.empty(size, **like)
+        self._rows = slice(None) if split is None else split.rows
+        self._x, self._own_log_q = self._eps[self._rows], self._log_q[self._rows]
         self._cotangents: Any = None
         module = dispatch.compiled("training", self._eps)
         own = type(objective).cotangents
@@ -85,30 +126,38 @@ class FusedStep:
             plain = module.PATH if objective.path else module.STANDARD
             self._kind = module.BALANCED if own is BalancedELBO.cotangents else plain
             # Views of the memory above, made once: a torch operation costs more to call than most of this computes.
-            self._eps_log_q = self._eps.numpy(), self._log_q.numpy()
+            self._x_log_q = self._x.numpy(), self._own_log_q.numpy()
+            self._all_log_q = self._log_q.numpy()
             self._out = self._g_z.numpy(), self._g_log_q.numpy(), np.zeros(2)
             dtype = self._out[0].dtype.type
             self._base, self._cotangents = module.make_base(dtype), module.make_cotangents(dtype)
 
     def __call__(self, beta: float, generator: torch.Generator) -> tuple[Tensor | float, Tensor | float]:
         """See `Step`."""
-        eps, log_q = self._eps, self._log_q
-        eps.normal_(generator=generator)
+        x, log_q = self._x, self._own_log_q
+        self._eps.normal_(generator=generator)
         if self._cotangents is None:
-            torch.sum(eps * eps, 1, out=log_q).mul_(-0.5).sub_(0.5 * _LOG_2PI * eps.shape[1])
+            torch.sum(x * x, 1, out=log_q).mul_(-0.5).sub_(0.5 * _LOG_2PI * x.shape[1])
         else:
-            self._base(*self._eps_log_q)
-        z, score = eps, None
+            self._base(*self._x_log_q)
+        z, score = x, None
         for layer in self.layers:
             z, log_det, score = layer.forward(z, score)
             log_q.sub_(log_det)
         log_p, grad = self.target.value_and_grad(z)
         if not log_p.dtype == grad.dtype == z.dtype:
             log_p, grad = log_p.to(z.dtype), grad.to(z.dtype)
+        if self.split is not None:
+            whole, log_p, grad, score = self.split.whole(log_q, log_p, grad, score, beta)
+            self._log_q.copy_(whole)
         g_z, g_log_q, num, elbo = self._pull(log_p, grad, score, beta)
+        if self.split is not None:
+            g_z, g_log_q = g_z[self._rows], None if g_log_q is None else g_log_q[self._rows]
         g_log_det = None if g_log_q is None else g_log_q.neg_()
         for layer in reversed(self.layers):
             g_z = layer.backward(g_z, g_log_det)
+        if self.split is not None:
+            self.split.finish()
         return num, elbo
 
     def _pull(
@@ -122,7 +171,7 @@ class FusedStep:
             return g_z, g_log_q, finite, torch.where(valid, log_p - log_q, 0.0).sum() / finite
         pull = grad.contiguous().numpy()
         self._cotangents(
-            self._eps_log_q[1],
+            self._all_log_q,
             log_p.contiguous().numpy(),
             pull,
             pull if score is None else score.contiguous().numpy(),

@@ -8,6 +8,9 @@ G, since d log q/de = -e), a step is
 
 where tril' halves the diagonal: the natural gradient of the ELBO in the coordinates that L defines (Amari 1998;
 Lin, Khan & Schmidt 2019, arXiv:1906.02914; Stein's lemma gives the curvature from gradients alone).
+
+Where D is too large for a full L the starts are diagonal, and the best one is polished to low rank plus diagonal
+(`flowvi.fit.whiten_low_rank`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowvi.errors import NonFiniteError
+from flowvi.fit.whiten_low_rank import polish
 from flowvi.objectives import Target
 
 CANDIDATES = 64
@@ -57,10 +61,13 @@ class Gaussian(Start):
     Attributes:
         agree: whether the starts within 3 nats of the best ended in one place.
         starts: all of them as they were before the polish of the best; `flowvi.fit.modes` tells what they found.
+            Beside a factor, the best of them, and those that ended elsewhere.
+        factor: V, (D, R), where the covariance is of low rank plus diagonal: L = diag(scale_tril) (I + V V^T).
     """
 
     agree: bool
     starts: tuple[Start, ...] = ()
+    factor: Tensor | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Gaussian:
@@ -74,6 +81,7 @@ def whiten(
     dim: int,
     *,
     full: bool,
+    rank: int = 0,
     generator: torch.Generator,
     dtype: torch.dtype,
     num_starts: int = 8,
@@ -91,6 +99,7 @@ def whiten(
         target: log p and its gradient.
         dim: D.
         full: a full L (D^2 numbers for each start), or a diagonal one.
+        rank: of what the best start gets on top of its diagonal L; 0 leaves it diagonal.
         generator: where the randomness comes from, on the target's device.
         dtype: of the computation.
         num_starts: R, at most; 64 short runs scout for places to start from (one start has no scouts).
@@ -108,11 +117,27 @@ def whiten(
     with bar:
         loc, scale = _starts(target, dim, num_starts, generator, dtype, bar)
         tril = torch.diag_embed(scale) if full else scale
-        loc, tril, elbos = _ascend(target, loc, tril, num_race, num_particles, generator, bar)
+        loc, tril, elbos = ascend(target, loc, tril, num_race, num_particles, generator, bar)
         starts = tuple(Start(m, root, elbo) for m, root, elbo in zip(loc, tril, elbos.tolist(), strict=True))
         best = int(torch.nan_to_num(elbos, nan=-torch.inf).argmax())
         agree = _agree(loc, tril, elbos, best)
-        loc, tril, elbos = _ascend(
+        if rank and not full:
+            found = polish(
+                target,
+                loc[best],
+                tril[best],
+                rank=rank,
+                num_steps=num_steps,
+                num_particles=2 * num_particles,
+                generator=generator,
+                bar=bar,
+            )
+            # Diagonal starts end anywhere along a wide direction: by the polished one's scale they are one place.
+            here = found.distance(loc) < 1 + 0.5 * dim**0.5
+            agree = bool((here | ~(elbos > elbos[best] - 3)).all())
+            starts = (starts[best], *(start for r, start in enumerate(starts) if r != best and not here[r]))
+            return Gaussian(found.loc, found.scale, found.elbo, agree, starts, found.factor)
+        loc, tril, elbos = ascend(
             target, loc[best : best + 1], tril[best : best + 1], num_steps, 2 * num_particles, generator, bar
         )
     return Gaussian(loc[0], tril[0], float(elbos[0]), agree, starts)
@@ -142,7 +167,7 @@ def _starts(
     if len(scouts) == 0:
         return near, small
     tril = torch.full_like(scouts, 0.1)
-    loc, scale, elbo = _ascend(target, scouts, tril, SCOUT_STEPS, SCOUT_PARTICLES, generator, bar)
+    loc, scale, elbo = ascend(target, scouts, tril, SCOUT_STEPS, SCOUT_PARTICLES, generator, bar)
     chosen = _spread(loc, scale, elbo, int(MAX_SCOUTED * num))
     # Where they all came to one place, a few starts will do: the scouts were starts too.
     num = min(num, max(MIN_STARTS, len(chosen) + 2))
@@ -168,14 +193,14 @@ def _spread(loc: Tensor, scale: Tensor, elbo: Tensor, num: int) -> list[int]:
     return chosen
 
 
-def _ascend(
+def ascend(
     target: Target,
     loc: Tensor,
     tril: Tensor,
     num_steps: int,
     num_particles: int,
     generator: torch.Generator,
-    bar: tqdm,
+    bar: tqdm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`num_steps` natural-gradient steps of R Gaussians at once; averages over the last quarter."""
     num_starts, dim = loc.shape
@@ -221,7 +246,8 @@ def _ascend(
             entropy = diagonal.abs().log().sum(-1) + 0.5 * dim * (1 + math.log(2 * math.pi))
             elbo += torch.where(fine, log_p.mean(1) + entropy, 0.0)
             count += fine
-        bar.update(1)
+        if bar is not None:
+            bar.update(1)
     return mean_loc, mean_tril, elbo / count  # NaN for a start that was never finite
 
 

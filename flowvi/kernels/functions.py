@@ -72,24 +72,27 @@ class _PlanarStackScore(Function):
 
 
 class _PlanarStackInverse(Function):
-    """The inverse of K planar layers; gradients by the implicit function theorem, through no iteration."""
+    """The inverse of K planar layers with its log-determinant; gradients by the implicit function theorem."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
+    def forward(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor, Tensor]:
         return _OPS.planar_stack_inverse(y, w, u, b, constraint)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, *params, ctx.constraint = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[0], *params, output[1])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(output[0], *params, output[2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_x: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *_OPS.planar_stack_inverse_backward(g_x, *ctx.saved_tensors, ctx.constraint), None
+    def backward(ctx: Any, g_x: Tensor | None, g_log_det: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if _no_grads(g_x, g_log_det):
+            return (None,) * 5
+        return *_OPS.planar_stack_inverse_backward(g_x, g_log_det, *ctx.saved_tensors, ctx.constraint), None
 
 
 class _RadialStack(Function):
@@ -141,23 +144,26 @@ class _RadialStackScore(Function):
 
 
 class _RadialStackInverse(Function):
-    """The inverse of K radial layers, in closed form."""
+    """The inverse of K radial layers with its log-determinant, in closed form."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _OPS.radial_stack_inverse(y, z0, raw_alpha, raw_s)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[0], *inputs[1:], output[1])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(output[0], *inputs[1:], output[2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_x: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_OPS.radial_stack_inverse_backward(g_x, *ctx.saved_tensors))
+    def backward(ctx: Any, g_x: Tensor | None, g_log_det: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if _no_grads(g_x, g_log_det):
+            return (None,) * 4
+        return tuple(_OPS.radial_stack_inverse_backward(g_x, g_log_det, *ctx.saved_tensors))
 
 
 class _PlanarRoot(Function):
@@ -208,9 +214,9 @@ def planar_stack_score(
     return _PlanarStackScore.apply(*_same_front((x, score), (w, u), (b,)), constraint)
 
 
-def planar_stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> Tensor:
-    """X (S, D) with `planar_stack` (x) = y; dimensions in front as there."""
-    return _PlanarStackInverse.apply(*_same_front((y,), (w, u), (b,)), constraint)[0]
+def planar_stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
+    """X (S, D) with `planar_stack` (x) = y, and log|det dx/dy| (S,); dimensions in front as there."""
+    return _PlanarStackInverse.apply(*_same_front((y,), (w, u), (b,)), constraint)[:2]
 
 
 def radial_stack(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,9 +234,9 @@ def radial_stack_score(
     return _RadialStackScore.apply(*_same_front((x, score), (z0,), (raw_alpha, raw_s)))
 
 
-def radial_stack_inverse(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> Tensor:
-    """X (S, D) with `radial_stack` (x) = y; dimensions in front as there."""
-    return _RadialStackInverse.apply(*_same_front((y,), (z0,), (raw_alpha, raw_s)))[0]
+def radial_stack_inverse(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor]:
+    """X (S, D) with `radial_stack` (x) = y, and log|det dx/dy| (S,); dimensions in front as there."""
+    return _RadialStackInverse.apply(*_same_front((y,), (z0,), (raw_alpha, raw_s)))[:2]
 
 
 def planar_root(c: Tensor, one_plus_m: Tensor) -> Tensor:

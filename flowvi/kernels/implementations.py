@@ -83,20 +83,34 @@ def planar_stack_backward(
 
 def planar_stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, ...]:
     """See `planar.stack_inverse`."""
-    impl = dispatch.compiled("planar", y, w, u, b) if y.dim() == 2 else None
+    impl = dispatch.compiled("planar", y, w, u, b)
     if impl is None:
         return _plain(*planar.stack_inverse(y, w, u, b, constraint))
-    x, t = y.new_empty(y.shape), y.new_empty(*b.shape, y.shape[-2])
-    impl.inverse(*_arrays((y, w, u, b), 0), constraint == "softplus", *_arrays((x, t), 0))
-    return x, t
+    batch = y.dim() - 2
+    x, log_det, t = y.new_empty(y.shape), y.new_empty(y.shape[:-1]), y.new_empty(*b.shape, y.shape[-2])
+    impl.inverse(*_arrays((y, w, u, b), batch), constraint == "softplus", *_arrays((x, log_det, t), batch))
+    return x, log_det, t
 
 
 def planar_stack_inverse_backward(
-    g_x: Tensor, x: Tensor, w: Tensor, u: Tensor, b: Tensor, t: Tensor, constraint: str
+    g_x: Tensor | None, g_log_det: Tensor | None, x: Tensor, w: Tensor, u: Tensor, b: Tensor, t: Tensor, constraint: str
 ) -> tuple[Tensor, ...]:
-    """The transpose of the inverse: with dx = J^-1 (dy - df/dtheta dtheta), g_y = J^-T g_x and minus f's own."""
-    g_y = planar.stack_score(g_x, w, u, t, constraint, log_det=False)
-    _, *grads = planar_stack_backward(-g_y, None, x, w, u, b, t, constraint)
+    """The transpose of the inverse and its log-determinant.
+
+    With dx = J^-1 (dy - df/dtheta dtheta) and log|det dx/dy| = -log|det J|(x), g_y = J^-T (g_x - g_log_det
+    d log|det J|/dx); what theta gets is minus f's own at the cotangents g_y and g_log_det.
+    """
+    g_x = torch.zeros_like(x) if g_x is None else g_x
+    weight = x.new_zeros(x.shape[:-1]) if g_log_det is None else g_log_det
+    impl = dispatch.compiled("planar", g_x, weight, w, u, b, t)
+    if impl is None:
+        g_y = planar.stack_score(g_x, w, u, t, constraint, weight=weight)
+    else:
+        batch, g_y = x.dim() - 2, g_x.new_empty(g_x.shape)
+        *ins, t_, out = _arrays((g_x, weight, w, u, b, t, g_y), batch)
+        impl.inverse_pullback(*ins, constraint == "softplus", t_, out)
+    to_log_det = None if g_log_det is None else -g_log_det
+    _, *grads = planar_stack_backward(-g_y, to_log_det, x, w, u, b, t, constraint)
     return *_plain(g_y), *grads
 
 
@@ -147,18 +161,32 @@ def radial_stack_backward(
 
 def radial_stack_inverse(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, ...]:
     """See `radial.stack_inverse`."""
-    impl = dispatch.compiled("radial", y, z0, raw_alpha, raw_s) if y.dim() == 2 else None
+    impl = dispatch.compiled("radial", y, z0, raw_alpha, raw_s)
     if impl is None:
         return _plain(*radial.stack_inverse(y, z0, raw_alpha, raw_s))
-    x, r = y.new_empty(y.shape), y.new_empty(*raw_s.shape, y.shape[-2])
-    impl.inverse(*_arrays((y, z0, raw_alpha, raw_s, x, r), 0))
-    return x, r
+    x, log_det, r = y.new_empty(y.shape), y.new_empty(y.shape[:-1]), y.new_empty(*raw_s.shape, y.shape[-2])
+    impl.inverse(*_arrays((y, z0, raw_alpha, raw_s, x, log_det, r), y.dim() - 2))
+    return x, log_det, r
 
 
 def radial_stack_inverse_backward(
-    g_x: Tensor, x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor, r: Tensor
+    g_x: Tensor | None,
+    g_log_det: Tensor | None,
+    x: Tensor,
+    z0: Tensor,
+    raw_alpha: Tensor,
+    raw_s: Tensor,
+    r: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The transpose of the inverse, as `planar_stack_inverse_backward`."""
-    g_y = radial.stack_score(x, g_x, z0, raw_alpha, raw_s, r, log_det=False)
-    _, *grads = radial_stack_backward(-g_y, None, x, z0, raw_alpha, raw_s, r)
+    """The transpose of the inverse and its log-determinant, as `planar_stack_inverse_backward`."""
+    g_x = torch.zeros_like(x) if g_x is None else g_x
+    weight = x.new_zeros(x.shape[:-1]) if g_log_det is None else g_log_det
+    impl = dispatch.compiled("radial", g_x, weight, x, z0, raw_alpha, raw_s, r)
+    if impl is None:
+        g_y = radial.stack_score(x, g_x, z0, raw_alpha, raw_s, r, weight=weight)
+    else:
+        g_y = g_x.new_empty(g_x.shape)
+        impl.inverse_pullback(*_arrays((g_x, weight, x, z0, raw_alpha, raw_s, r, g_y), x.dim() - 2))
+    to_log_det = None if g_log_det is None else -g_log_det
+    _, *grads = radial_stack_backward(-g_y, to_log_det, x, z0, raw_alpha, raw_s, r)
     return *_plain(g_y), *grads

@@ -81,11 +81,6 @@ def _empty(*like: Tensor) -> tuple[Tensor, ...]:
     return tuple(a.new_empty(a.shape) for a in like)
 
 
-def _inverse_values(y: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
-    x, _, kept = _values(y, scalars)
-    return x, kept
-
-
 _P = "Tensor w, Tensor u, Tensor b, str constraint"
 _define("planar_stack", f"Tensor x, {_P}", 3, lambda x, w, u, b, c: _values(x, b), (1, (0, 0, 1)))
 _define(
@@ -102,12 +97,12 @@ _define(
     lambda g_y, g_log_det, x, w, u, b, t, c: _empty(x, w, u, b),
     None,
 )
-_define("planar_stack_inverse", f"Tensor y, {_P}", 2, lambda y, w, u, b, c: _inverse_values(y, b), (1, (0, 1)))
+_define("planar_stack_inverse", f"Tensor y, {_P}", 3, lambda y, w, u, b, c: _values(y, b), (1, (0, 0, 1)))
 _define(
     "planar_stack_inverse_backward",
-    "Tensor g_x, Tensor x, Tensor w, Tensor u, Tensor b, Tensor t, str constraint",
+    "Tensor? g_x, Tensor? g_log_det, Tensor x, Tensor w, Tensor u, Tensor b, Tensor t, str constraint",
     4,
-    lambda g_x, x, w, u, b, t, c: _empty(x, w, u, b),
+    lambda g_x, g_log_det, x, w, u, b, t, c: _empty(x, w, u, b),
     None,
 )
 
@@ -127,12 +122,12 @@ _define(
     lambda g_y, g_log_det, x, z0, a, s, r: _empty(x, z0, a, s),
     None,
 )
-_define("radial_stack_inverse", f"Tensor y, {_R}", 2, lambda y, z0, a, s: _inverse_values(y, s), (1, (0, 1)))
+_define("radial_stack_inverse", f"Tensor y, {_R}", 3, lambda y, z0, a, s: _values(y, s), (1, (0, 0, 1)))
 _define(
     "radial_stack_inverse_backward",
-    f"Tensor g_x, Tensor x, {_R}, Tensor r",
+    f"Tensor? g_x, Tensor? g_log_det, Tensor x, {_R}, Tensor r",
     4,
-    lambda g_x, x, z0, a, s, r: _empty(x, z0, a, s),
+    lambda g_x, g_log_det, x, z0, a, s, r: _empty(x, z0, a, s),
     None,
 )
 

@@ -175,17 +175,21 @@ def stack_backward(
     return g_x, g_w + g_w_constraint, g_u, g_a.sum(-1)
 
 
-def stack_score(score: Tensor, w: Tensor, u: Tensor, t: Tensor, constraint: str, *, log_det: bool = True) -> Tensor:
+def stack_score(
+    score: Tensor, w: Tensor, u: Tensor, t: Tensor, constraint: str, *, weight: Tensor | None = None
+) -> Tensor:
     """The score of q at the stack's output, (S, D), from the score at its input and `stack_forward`'s t.
 
-    The same recurrence: s_k = s_0 + sum_{j<=k} c_j w_j, so û_k.s_{k-1} needs only the Gram matrix. With
-    ``log_det=False`` it is J^-T s alone, which the inverse's gradient needs.
+    The same recurrence: s_k = s_0 + sum_{j<=k} c_j w_j, so û_k.s_{k-1} needs only the Gram matrix. With a weight (S,)
+    for each particle's log|det| it is J^-T (s - weight d log|det|/dx), which the inverse's gradient needs.
     """
     u_hat, one_plus_m = constrain(w, u, constraint)
     gram = _gram(w, u_hat)
     h = 1 - t * t
     det = t * t + h * one_plus_m.unsqueeze(-1)
-    drive = torch.zeros_like(t) if not log_det else 2 * t * h * (one_plus_m - 1).unsqueeze(-1) / det
+    drive = 2 * t * h * (one_plus_m - 1).unsqueeze(-1) / det
+    if weight is not None:
+        drive = drive * weight.unsqueeze(-2)
     c = u_hat @ score.mT  # becomes the coefficients, row by row
     rows, drives, slopes, dets = c.unbind(-2), drive.unbind(-2), h.unbind(-2), det.unbind(-2)
     for k in range(len(rows)):
@@ -195,8 +199,8 @@ def stack_score(score: Tensor, w: Tensor, u: Tensor, t: Tensor, constraint: str,
     return score + c.mT @ w
 
 
-def stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
-    """X (S, D) with `stack_forward` (x) = y, and its t (K, S): one scalar equation for each layer and particle.
+def stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor, Tensor]:
+    """X (S, D) with `stack_forward` (x) = y, log|det dx/dy| (S,), and t (K, S): one scalar equation for each t.
 
     Dimensions in front as in `stack_forward`.
     """
@@ -206,4 +210,6 @@ def stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -
         c = (y * w[..., k, None, :]).sum(-1) + b[..., k, None]
         rows.append(torch.tanh(planar_root(c, one_plus_m[..., k, None])))
         y = y - rows[-1].unsqueeze(-1) * u_hat[..., k, None, :]
-    return y, torch.stack(rows[::-1], -2) if rows else y.new_empty(*b.shape, y.shape[-2])
+    t = torch.stack(rows[::-1], -2) if rows else y.new_empty(*b.shape, y.shape[-2])
+    tt = t * t
+    return y, -torch.log(tt + (1 - tt) * one_plus_m.unsqueeze(-1)).sum(-2), t

@@ -175,15 +175,25 @@ def stack_backward(
 
 
 def stack_score(
-    x: Tensor, score: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor, r: Tensor, *, log_det: bool = True
+    x: Tensor,
+    score: Tensor,
+    z0: Tensor,
+    raw_alpha: Tensor,
+    raw_s: Tensor,
+    r: Tensor,
+    *,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The score of q at the stack's output, (S, D), from the score at its input x and `stack_forward`'s r.
 
-    With ``log_det=False`` it is J^-T score alone, which the inverse's gradient needs.
+    With a weight (S,) for each particle's log|det| it is J^-T (score - weight d log|det|/dx), which the inverse's
+    gradient needs.
     """
     alpha, s = positive(raw_alpha).unsqueeze(-1), positive(raw_s).unsqueeze(-1)
     g, h2 = _factors(r, alpha, s)
-    slope = _log_det_slope(r, alpha, s, z0.shape[-1]) if log_det else torch.zeros_like(r)
+    slope = _log_det_slope(r, alpha, s, z0.shape[-1])
+    if weight is not None:
+        slope = slope * weight.unsqueeze(-2)
     for k, z in enumerate(_inputs(x, z0, g)):
         unit = _unit(z - z0[..., k, None, :], r[..., k, :])
         along = (score * unit).sum(-1)
@@ -192,11 +202,13 @@ def stack_score(
     return score
 
 
-def stack_inverse(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor]:
-    """X (S, D) with `stack_forward` (x) = y, and its r (K, S); dimensions in front as there."""
+def stack_inverse(y: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X (S, D) with `stack_forward` (x) = y, log|det dx/dy| (S,), and r (K, S); dimensions in front as there."""
     r = y.new_empty(*raw_s.shape, y.shape[-2])
     for k in range(raw_s.shape[-1] - 1, -1, -1):
         centre = z0[..., k, None, :]
         y = layer_inverse(y, centre, raw_alpha[..., k, None], raw_s[..., k, None])
         r[..., k, :] = torch.linalg.vector_norm(y - centre, dim=-1)
-    return (y if raw_s.shape[-1] else y.clone()), r
+    g, h2 = _factors(r, positive(raw_alpha).unsqueeze(-1), positive(raw_s).unsqueeze(-1))
+    log_det = (1 - y.shape[-1]) * torch.log(g).sum(-2) - torch.log(h2).sum(-2)
+    return (y if raw_s.shape[-1] else y.clone()), log_det, r

@@ -45,6 +45,9 @@ class LogDensity(ABC):
         sites: the latent sites, in model order. Energies and callables have one, "z", of shape (D,).
         deterministic: the `pyro.deterministic` sites.
         observed_sites: the sites with data.
+        discrete: the discrete latent sites, which are summed out, and the deterministic sites that depend on them.
+        inseparable: those of them, and of the observed sites, that share one sum over discrete values with other data,
+            as all of a hidden Markov model's do: their data have no pointwise log-likelihood.
         path: "graph" (a traced Pyro model), "eager" (one that can't be traced, run particle by particle) or
             "callable" (an energy or a plain log density).
         reason: why the path is "eager", else None.
@@ -62,6 +65,8 @@ class LogDensity(ABC):
     sites: tuple[Site, ...]
     deterministic: tuple[Site, ...] = ()
     observed_sites: tuple[Site, ...] = ()
+    discrete: tuple[Site, ...] = ()
+    inseparable: tuple[str, ...] = ()
     path: str
     reason: str | None = None
     log_normalizer: float | None = None
@@ -153,6 +158,8 @@ class LogDensity(ABC):
 
     def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
         """The pointwise log-likelihood of each observed site: not scaled, 0 where masked out, no gradients.
+
+        Discrete latents are summed out datum by datum; a site where that can't be, one of `inseparable`, is left out.
 
         Args:
             z: (S, D).

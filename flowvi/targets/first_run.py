@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowvi.errors import FlowVIError, NoLatentError, NonFiniteError, TargetError
-from flowvi.targets.runner import Run, Runner
-from flowvi.targets.sites import FromRandom, Site, site_of
+from flowvi.errors import DiscreteLatentError, FlowVIError, NoLatentError, NonFiniteError, TargetError
+from flowvi.targets.enumeration import BROADCAST, EnumeratedRun, Enumeration, some
+from flowvi.targets.run import Run
+from flowvi.targets.runner import Runner
+from flowvi.targets.sites import FromRandom, FromUnconstrained, Layout, Site, site_of
 
 __all__ = ["Structure", "find_structure"]
 
 _TRIES = 20
+_PLAIN_RUNS = 3  # at which a model whose discrete latents are summed out is compared with itself
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Structure:
     """The run at that point."""
     sites: tuple[Site, ...]
     deterministic: tuple[Site, ...]
+    discrete: tuple[Site, ...]
+    """The discrete latents, and the deterministic sites that depend on them."""
+    inseparable: tuple[str, ...]
+    """The sites whose data have no log-likelihood of their own once the discrete latents are summed out."""
     observed_sites: tuple[Site, ...]
     observed: dict[str, Tensor]
     masked: frozenset[str]
@@ -41,10 +48,13 @@ class Structure:
 def find_structure(runner: Runner) -> Structure:
     """Runs the model at random points, U(-2, 2) in unconstrained space, until log p is finite.
 
+    Discrete latents have a drawn value each in a first run, which tells the sites' shapes; from there on the runner
+    sums them out.
+
     Pyro's and torch's argument checks are as the user has them.
 
     Raises:
-        NoLatentError: If the model has no latent site.
+        NoLatentError: If the model has no continuous latent site.
         DiscreteLatentError, SubsampledLatentError: If a latent can't be represented.
         NonFiniteError: If log p is finite at none of the points.
         TargetError: If the model can't be called, or fails at every point.
@@ -56,6 +66,7 @@ def find_structure(runner: Runner) -> Structure:
     data: dict[str, Tensor] = {}
     for _ in range(_TRIES):
         reader = FromRandom(generator, runner.dtype, runner.device)
+        runner.enumeration = None
         try:
             with runner.isolated(validation=True), torch.no_grad():
                 run = runner(reader)
@@ -65,24 +76,37 @@ def find_structure(runner: Runner) -> Structure:
             failure = error
             continue
         if not reader.unconstrained:
+            if run.discrete:
+                names = ", ".join(repr(n["name"]) for n in run.discrete)
+                raise DiscreteLatentError(
+                    f"the latent sites {names} of the model {runner.name} are all discrete: once they are summed out "
+                    "there is nothing left to infer. pyro.infer.infer_discrete draws them exactly"
+                )
             raise NoLatentError(
                 f"the model {runner.name} has no latent variable: every pyro.sample has obs=, or there is none. "
                 "For a plain log density z (S, D) -> (S,) give dim=D as well"
             )
         data, failure = reader.observed, None
-        with runner.isolated(), torch.no_grad():
-            if not math.isfinite(run.log_prob(runner.dtype)):
-                continue
+        z, sites = torch.cat(reader.unconstrained), tuple(site_of(n) for n in run.latent)
         try:
+            with runner.isolated(), torch.no_grad():
+                summed = _sum_out(runner, run, reader, z, sites)
+                if not math.isfinite(summed.log_prob(runner.dtype)):
+                    continue
             _validate_values(runner, run)
-        except ValueError as error:
+        except FlowVIError:
+            raise
+        except (ArithmeticError, RuntimeError, ValueError) as error:
             failure = error
             continue
+        varying = [n for n in run.deterministic if n["value"].shape != summed.nodes[n["name"]]["value"].shape]
         return Structure(
-            z=torch.cat(reader.unconstrained),
-            run=run,
-            sites=tuple(site_of(n) for n in run.latent),
-            deterministic=tuple(site_of(n) for n in run.deterministic),
+            z=z,
+            run=summed,
+            sites=sites,
+            deterministic=tuple(site_of(n) for n in run.deterministic if n not in varying),
+            discrete=tuple(site_of(n) for n in (*run.discrete, *varying)),
+            inseparable=summed.inseparable,
             observed_sites=tuple(site_of(n) for n in run.samples if n["name"] in data),
             observed=data,
             masked=frozenset(reader.masked),
@@ -90,6 +114,38 @@ def find_structure(runner: Runner) -> Structure:
         )
     with runner.isolated(), torch.no_grad():
         raise _why(runner, run, data, failure) from failure
+
+
+def _sum_out(runner: Runner, run: Run, reader: FromRandom, z: Tensor, sites: tuple[Site, ...]) -> Run:
+    """The run at the same point with all values of the discrete latents; the run itself where there are none.
+
+    Raises:
+        DiscreteLatentError, TargetError: If the model can't be run so, or says something else then.
+    """
+    enumeration = Enumeration.of(run)
+    if enumeration is None:
+        return run
+    indices = {name: run.nodes[name]["value"] for name in reader.subsampled}
+
+    def once_more() -> Run:
+        return runner(FromUnconstrained(Layout(sites), z, indices=indices, masked=frozenset(reader.masked)))
+
+    plain = [run, *(once_more() for _ in range(_PLAIN_RUNS))]
+    runner.enumeration = enumeration
+    try:
+        summed = once_more()
+        assert isinstance(summed, EnumeratedRun)
+        for one in plain:
+            summed.check(one)
+        summed.log_prob(runner.dtype)
+    except (FlowVIError, ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        raise
+    except Exception as error:
+        raise DiscreteLatentError(
+            f"the model {runner.name} fails when its discrete latents {some(enumeration.names)} are summed out "
+            f"({type(error).__name__}: {str(error).strip()}){BROADCAST}"
+        ) from error
+    return summed
 
 
 def _check_call(runner: Runner) -> None:

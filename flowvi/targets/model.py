@@ -26,7 +26,7 @@ __all__ = ["ModelDensity", "default_dtype"]
 
 
 class ModelDensity(LogDensity):
-    """log p(x(z)) + log|dx/dz| of a Pyro model over its unconstrained latents.
+    """log p(x(z)) + log|dx/dz| of a Pyro model over its unconstrained latents; discrete ones are summed out.
 
     The model is run eagerly first, which finds its sites and its mistakes, then traced at one point. The graph
     is used if it gives the model's own values and gradients at three points; else the model itself is run, once
@@ -42,8 +42,9 @@ class ModelDensity(LogDensity):
         whole: whether every subsampling plate takes all of its data.
 
     Raises:
-        NoLatentError: the model has no latent site.
-        DiscreteLatentError, SubsampledLatentError: a latent can't be represented.
+        NoLatentError: the model has no continuous latent site.
+        DiscreteLatentError: a discrete latent can't be summed out.
+        SubsampledLatentError: a latent can't be represented.
         NonFiniteError: log p, or its gradient, is finite at none of the points tried.
         TargetError: the model can't be called, fails, has no gradient, or draws random numbers outside of its
             sample sites.
@@ -65,6 +66,7 @@ class ModelDensity(LogDensity):
         self.generator = torch.Generator().manual_seed(0)
         found = find_structure(self._runner)
         self.sites, self.deterministic, self.observed_sites = found.sites, found.deterministic, found.observed_sites
+        self.discrete, self.inseparable = found.discrete, found.inseparable
         self._layout = Layout(self.sites)
         self._start, self._data, self._masked = found.z, found.observed, found.masked
         self.dim = self._layout.size
@@ -93,7 +95,9 @@ class ModelDensity(LogDensity):
         for site in (*self.sites, *self.deterministic):
             out[f"site {site.name}"] = torch.as_tensor(run.nodes[site.name]["value"])
         for name in self._data:
-            if name in run.nodes:  # a sequential plate that subsamples has other sites each time
+            if (
+                name in run.nodes and name not in self.inseparable
+            ):  # a sequential plate that subsamples has other sites each time
                 out[f"likelihood {name}"] = run.pointwise(name)
         return out
 
@@ -364,6 +368,7 @@ class ModelDensity(LogDensity):
         except FlowVIError:
             return  # the model needs its minibatch; `full` says so when it is asked for
         self.deterministic, self.observed_sites = full.deterministic, full.observed_sites
+        self.discrete, self.inseparable = full.discrete, full.inseparable
 
 
 class _Eager(torch.autograd.Function):

@@ -10,71 +10,17 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from flowvi.targets.enumeration import EnumeratedRun, Enumeration
 from flowvi.targets.isolation import HeldParameters, all_data, dtype_and_device, no_validation, private_rng
-from flowvi.targets.sites import Reader, without_validation
+from flowvi.targets.run import Run
+from flowvi.targets.sites import Reader
 
-__all__ = ["Run", "Runner"]
+__all__ = ["Runner"]
 
 _ONE_AT_A_TIME = RLock()  # Pyro's handlers, the default dtype and the random state belong to the whole process
-
-
-class Run:
-    """What one run of a model left: its sites, with their values and log-probabilities.
-
-    Args:
-        nodes: Pyro's messages by site, in model order.
-        log_det: the sum of log|dx/dz| over the latent sites.
-    """
-
-    def __init__(self, nodes: Mapping[str, Any], log_det: Tensor | float) -> None:
-        self.nodes = nodes
-        self._log_det = log_det
-        self._pointwise: dict[str, Tensor] = {}
-        self.samples = [n for n in nodes.values() if n["type"] == "sample" and not isinstance(n["fn"], _Subsample)]
-
-    @property
-    def latent(self) -> list[Any]:
-        """The latent sites' messages."""
-        return [n for n in self.samples if not n["is_observed"]]
-
-    @property
-    def deterministic(self) -> list[Any]:
-        """The messages of `pyro.deterministic`."""
-        return [n for n in self.samples if n["infer"].get("_deterministic")]
-
-    def pointwise(self, name: str) -> Tensor:
-        """Log p of one site, of its batch shape: not scaled, 0 where masked out."""
-        node = self.nodes[name]
-        if name not in self._pointwise:
-            fn = without_validation(node["fn"])
-            log_prob = torch.as_tensor(fn.log_prob(node["value"], *node["args"], **node["kwargs"]))
-            self._pointwise[name] = scale_and_mask(log_prob, 1.0, node["mask"])
-        return self._pointwise[name]
-
-    def site_log_probs(self) -> dict[str, Tensor]:
-        """Log p of each site, scaled and masked and summed, in model order."""
-        sums = {}
-        for node in self.samples:
-            if not node["infer"].get("_deterministic"):
-                pointwise = self.pointwise(node["name"])
-                sums[node["name"]] = scale_and_mask(pointwise, node["scale"], None).sum()
-        return sums
-
-    def log_prob(self, dtype: torch.dtype) -> Tensor:
-        """Log p(x) + log|dx/dz|."""
-        total: Any = self._log_det
-        for value in self.site_log_probs().values():
-            total = total + value
-        return torch.as_tensor(total).to(dtype)
-
-    def magnitude(self) -> float:
-        """The sum of the absolute values of the parts of log p, against which its rounding is to be seen."""
-        return sum(abs(float(v)) for v in self.site_log_probs().values())
 
 
 class Runner:
@@ -87,6 +33,9 @@ class Runner:
         dtype: of z and of what the model computes.
         device: where.
         whole: whether every subsampling plate takes all of its data.
+
+    Attributes:
+        enumeration: how the discrete latents are summed out, once that is known; None without any.
     """
 
     def __init__(
@@ -104,6 +53,7 @@ class Runner:
         self.args = tuple(_cast(a, dtype, device) for a in args)
         self.kwargs = {k: _cast(v, dtype, device) for k, v in kwargs.items()}
         self.held = HeldParameters()
+        self.enumeration: Enumeration | None = None
         self._whole = whole
 
     @contextmanager
@@ -126,10 +76,20 @@ class Runner:
             yield
 
     def __call__(self, reader: Reader) -> Run:
-        """Runs the model with the latents that `reader` gives, out of sight of the handlers around the call."""
-        with poutine.block(), poutine.trace() as tracer, reader:
+        """Runs the model with the latents that `reader` gives, out of sight of the handlers around the call.
+
+        Discrete latents have all of their values where `enumeration` is set, else one, drawn from their prior.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(poutine.block())
+            tracer = stack.enter_context(poutine.trace())
+            stack.enter_context(reader)
+            for handler in self.enumeration.handlers() if self.enumeration else ():
+                stack.enter_context(handler)
             self.model(*self.args, **self.kwargs)
-        return Run(tracer.trace.nodes, reader.log_det)
+        if self.enumeration is None:
+            return Run(tracer.trace.nodes, reader.log_det)
+        return EnumeratedRun(tracer.trace, reader.log_det, self.enumeration)
 
     def parameter_names(self, run: Run, recorded: list[Tensor]) -> list[str]:
         """The names of the parameters that a run or a graph reads."""

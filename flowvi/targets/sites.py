@@ -32,6 +32,7 @@ __all__ = [
     "Layout",
     "Reader",
     "Site",
+    "is_discrete",
     "site_of",
     "without_validation",
 ]
@@ -60,7 +61,7 @@ def site_of(message: Mapping[str, Any]) -> Site:
     deterministic = bool(message["infer"].get("_deterministic"))
     shape = Size(value.shape)
     support = constraints.real if deterministic else fn.support
-    latent = not (deterministic or message["is_observed"])
+    latent = not (deterministic or message["is_observed"] or is_discrete(message))
     unconstrained = Size(_bijection(message).inverse_shape(shape)) if latent else shape
     batch = len(shape) - (0 if deterministic else fn.event_dim)  # pyro.deterministic calls everything an event
     plates: list[str | None] = [None] * batch
@@ -81,6 +82,7 @@ class Layout:
     def __init__(self, sites: tuple[Site, ...], *, constrained: bool = False) -> None:
         self.sites = sites
         self.shapes = {s.name: s.shape if constrained else s.unconstrained_shape for s in sites}
+        self.constrained = {s.name: s.shape for s in sites}
         self.slices: dict[str, slice] = {}
         self.size = 0
         for name, shape in self.shapes.items():
@@ -124,7 +126,10 @@ class Reader(Messenger):
             self._read_indices(msg)
         elif msg["is_observed"]:
             self._read_observed(msg)
-        elif msg["value"] is None:  # else a handler inside the model has given it a value
+        elif msg["value"] is None:  # else enumeration or a handler inside the model has given it a value
+            if is_discrete(msg):
+                _check_enumerable(msg)
+                return  # Pyro draws a value
             msg["fn"] = without_validation(msg["fn"])
             transform = _bijection(msg)
             msg["value"] = self.read(msg["name"], Size(msg["fn"].shape()), transform, msg["fn"].support)
@@ -152,6 +157,11 @@ class FromUnconstrained(Reader):
         """X = T(z), and its log|dx/dz|."""
         u = self._layout.read(self._z, name)
         x = transform(u)
+        if x.dim() > len(self._layout.constrained[name]):
+            raise DiscreteLatentError(
+                f"the support of the latent site {name!r} depends on a discrete latent, which then can't be summed "
+                "out: give the site a fixed support and scale its value in the model"
+            )
         self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
         return x
 
@@ -221,19 +231,45 @@ def _bijection(msg: Mapping[str, Any]) -> Transform:
         if frame.full_size is not None and frame.full_size > frame.size:
             raise _subsampled_latent(name, frame)
     try:
-        support = fn.support
-        if support.is_discrete:
-            raise DiscreteLatentError(
-                f"the latent site {name!r} ({kind}) is discrete, and a flow is continuous: sum it out in the "
-                "model (a mixture's logsumexp, or a MixtureSameFamily), or keep it, and use flowvi.AutoFlow on "
-                "poutine.block(model, hide=[...]) with TraceEnum_ELBO and @config_enumerate"
-            )
-        return biject_to(support)
+        return biject_to(fn.support)
     except (NotImplementedError, AttributeError) as error:
         raise TargetError(
             f"the latent site {name!r} ({kind}) has a support that no bijection from R^n is known for: give "
             "its distribution a `support` that torch.distributions.biject_to knows, or register one there"
         ) from error
+
+
+def is_discrete(msg: Mapping[str, Any]) -> bool:
+    """Whether a site's distribution has a discrete support."""
+    try:
+        return bool(msg["fn"].support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        return False
+
+
+def _check_enumerable(msg: Mapping[str, Any]) -> None:
+    """Raises `DiscreteLatentError` if a discrete latent's values can't be listed."""
+    fn = msg["fn"]
+    kind = type(getattr(fn, "base_dist", fn)).__name__
+    try:
+        if fn.has_enumerate_support:
+            fn.enumerate_support(expand=False)
+            return
+        why = "has no finite list of values"
+    except NotImplementedError as error:
+        why = f"can't list its values: {error}"
+    if fn.event_dim and getattr(getattr(fn, "base_dist", None), "has_enumerate_support", False):
+        raise DiscreteLatentError(
+            f"the latent site {msg['name']!r} ({kind}) is discrete, and its .to_event({fn.event_dim}) makes one value "
+            "of it that can't be listed: drop .to_event and put the site in `with pyro.plate(...)`, so that its "
+            "elements are summed out one by one"
+        )
+    raise DiscreteLatentError(
+        f"the latent site {msg['name']!r} ({kind}) is discrete and {why}, so that it can't be summed out. Write what "
+        "depends on it with a marginal distribution (GammaPoisson for a Poisson of a Gamma, BetaBinomial, "
+        "ZeroInflatedPoisson, MixtureSameFamily), cut it off to a Categorical over 0, ..., n, or relax it "
+        "(RelaxedBernoulli, a LogNormal for a count)"
+    )
 
 
 def _subsampled_latent(name: str, frame: Any) -> SubsampledLatentError:

@@ -21,6 +21,11 @@ from flowvi.transforms.base import Transform
 AFFINE_KINDS = ("diag", "low_rank", "full")
 
 
+def default_rank(dim: int) -> int:
+    """R of a low-rank map where it is not said: about sqrt(D)."""
+    return max(1, round(dim**0.5))
+
+
 class Affine(Transform):
     r"""f(z) = loc + A z with A = diag(e^l) (I + N), by `kind` N = 0, N = V V^T (rank R) or N strictly lower.
 
@@ -66,24 +71,30 @@ class Affine(Transform):
         self.loc = nn.Parameter(loc_.detach().to(dtype).expand(input_dim).clone())
         self.log_scale = nn.Parameter(scale_.detach().to(self.loc).expand(input_dim).log())
         if kind == "low_rank":
-            self.rank = min(rank or max(1, round(input_dim**0.5)), input_dim)
+            self.rank = min(rank or default_rank(input_dim), input_dim)
             self.factor = nn.Parameter(0.01 * torch.randn(input_dim, self.rank).to(self.loc))
         elif kind == "full":
             self.lower = nn.Parameter(torch.zeros(input_dim, input_dim).to(self.loc))
 
     @torch.no_grad()
-    def set_(self, loc: Tensor, scale: Tensor) -> None:
+    def set_(self, loc: Tensor, scale: Tensor, factor: Tensor | None = None) -> None:
         """Become z -> loc + L z.
 
         Args:
             loc: (D,).
             scale: L, lower triangular (D, D) with a positive diagonal, for "full"; or its diagonal (D,).
+            factor: for "low_rank", the first columns of V (D, at most R), so that L = diag(scale) (I + V V^T); the
+                others stay where they are.
 
         Raises:
-            OptionError: a matrix for a map that is not full.
+            OptionError: a matrix for a map that is not full, or a factor that doesn't fit.
         """
         if scale.dim() == 2 and self.kind != "full":
             raise OptionError(f"a {self.kind} affine map takes a scale of shape (D,), not a matrix.")
+        if factor is not None:
+            if self.kind != "low_rank" or factor.shape[1] > self.rank:
+                raise OptionError(f"a factor of {factor.shape[1]} columns doesn't fit {self}.")
+            self.factor[:, : factor.shape[1]] = factor
         diagonal = scale.diagonal() if scale.dim() == 2 else scale
         self.loc.copy_(loc)
         self.log_scale.copy_(diagonal.log())

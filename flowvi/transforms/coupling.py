@@ -45,6 +45,9 @@ class Coupling(NetworkTransform):
         mixing: M, one for each pair of layers: "perm" for a random permutation, "orth" for a random orthogonal
             matrix, "none" for halves as they come.
         context_dim: C, the size of the context; 0 for none.
+        start: 0 starts at the identity; above it each layer starts at a random map that moves coordinates by about as
+            much. NICE with mixing="perm" needs 1 to leave the best Gaussian of a target that is symmetric about the
+            axes, such as U1: there no layer gains anything on its own.
 
     Raises:
         OptionError: an argument can't be used.
@@ -62,6 +65,7 @@ class Coupling(NetworkTransform):
         activation: str = "relu",
         mixing: str = "perm",
         context_dim: int = 0,
+        start: float = 0.0,
     ) -> None:
         super().__init__(input_dim, context_dim=context_dim)
         positive_integers(num_flows=num_flows)
@@ -73,7 +77,10 @@ class Coupling(NetworkTransform):
         for k in range(num_flows):
             stays, moves = self._sizes[::-1] if self._moves_first(k) else self._sizes
             num_out = moves * elementwise.num_params
-            self.networks.append(DenseNetwork(stays, hidden_dims, num_out, context_dim, activation))
+            network = DenseNetwork(stays, hidden_dims, num_out, context_dim, activation)
+            if start:
+                network.stir(start)
+            self.networks.append(network)
 
     # The walk through the layers, pair by pair. Each layer sees (a, b), the half that stays and the half that moves;
     # the second of a pair moves the first half, except at D = 1, where a is empty.
@@ -206,7 +213,7 @@ class NICE(Coupling):
     Args:
         input_dim: D.
         num_flows: K.
-        **options: hidden_dims, activation, mixing, context_dim, as for `Coupling`.
+        **options: hidden_dims, activation, mixing, context_dim, start, as for `Coupling`.
 
     Example:
         >>> import torch
@@ -231,7 +238,7 @@ class RealNVP(Coupling):
         num_flows: K.
         clip: the bound of the log-scales of one layer: with 3 in place of 2 a deep stack's float32 round trip is a
             hundred times worse, and fits are no better.
-        **options: hidden_dims, activation, mixing, context_dim, as for `Coupling`.
+        **options: hidden_dims, activation, mixing, context_dim, start, as for `Coupling`.
 
     Example:
         >>> import torch

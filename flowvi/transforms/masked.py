@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from flowvi.checks import layer_sizes
 from flowvi.errors import OptionError
-from flowvi.transforms.networks import ACTIVATIONS
+from flowvi.transforms.networks import ACTIVATIONS, ZeroStart
 
 
 class MaskedLinear(nn.Linear):
@@ -45,7 +45,7 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.masked(), self.bias)
 
 
-class MaskedNetwork(nn.Module):
+class MaskedNetwork(ZeroStart):
     r"""theta_i(x_<i, context): P parameters for each of D coordinates, from those before it; zero at the start.
 
     Source: Germain et al. 2015, arXiv:1502.03509, section 4.

@@ -29,7 +29,24 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Calla
 }
 
 
-class DenseNetwork(nn.Module):
+class ZeroStart(nn.Module):
+    """A network whose last layer starts at zero, so that the flow starts as the identity."""
+
+    layers: Sequence[nn.Linear]
+
+    @torch.no_grad()
+    def stir(self, size: float) -> None:
+        """Draw the last layer's weights at random instead, N(0, size^2 / inputs): outputs of the order of `size`.
+
+        Where a target or data are symmetric about the axes, the identity is a saddle of a coupling flow: no layer
+        gains anything on its own.
+        """
+        if "layers" in self._modules:
+            weight = self.layers[-1].weight
+            weight.copy_(size / max(1, weight.shape[1]) ** 0.5 * torch.randn(weight.shape))
+
+
+class DenseNetwork(ZeroStart):
     """A dense network of x (..., n) and, if context_dim > 0, a context (..., C); it is zero at its start.
 
     Args:
@@ -67,7 +84,7 @@ class DenseNetwork(nn.Module):
             return
         sizes = [input_dim or context_dim, *hidden_dims, output_dim]
         linears = [nn.Linear(i, o) for i, o in pairwise(sizes)]
-        self.layers = nn.ModuleList(linears)
+        self.layers = nn.ModuleList(linears)  # type: ignore[assignment]
         last = [linears[-1].weight, linears[-1].bias]
         if input_dim and context_dim:
             self.context_layer = nn.Linear(context_dim, sizes[1], bias=False)

@@ -100,8 +100,13 @@ class RadialStack(Transform):
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `InvertibleMap`."""
+        return self.inverse_and_log_det(y)[0]
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See `InvertibleMap`."""
         flat = y.reshape(-1, self.input_dim)
-        return kernels.radial_stack_inverse(flat, self.z0, self.raw_alpha, self.raw_s).reshape(y.shape)
+        x, log_det = kernels.radial_stack_inverse(flat, self.z0, self.raw_alpha, self.raw_s)
+        return x.reshape(y.shape), log_det.reshape(y.shape[:-1])
 
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `InvertibleMap`; the score comes without a graph, y and log|det| with theirs."""

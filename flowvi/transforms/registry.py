@@ -16,9 +16,10 @@ from flowvi.transforms.conditional_affine import conditional_affine
 from flowvi.transforms.coupling import conditional_nice, conditional_real_nvp, nice, real_nvp
 from flowvi.transforms.guests import adapt, stack_of
 from flowvi.transforms.mixing import conditional_householder, householder
-from flowvi.transforms.planar import conditional_planar, planar, planar_stack
-from flowvi.transforms.radial import conditional_radial, radial, radial_stack
+from flowvi.transforms.planar import planar, planar_stack
+from flowvi.transforms.radial import radial, radial_stack
 from flowvi.transforms.spline import conditional_neural_spline, neural_spline, neural_spline_stack
+from flowvi.transforms.stack_conditional import conditional_planar_stack, conditional_radial_stack
 from flowvi.transforms.sylvester import conditional_sylvester, sylvester, sylvester_stack
 from flowvi.transforms.tails import conditional_tails, tails
 
@@ -33,7 +34,8 @@ class FlowEntry:
         factory: factory(input_dim, **options) -> one layer.
         stack: stack(input_dim, num_flows, **options) -> all K layers, where they are not K equal ones in a row:
             one fused transform, or a list (such as couplings whose halves alternate).
-        conditional: conditional(input_dim, context_dim, **options) -> one conditional layer, where there is one.
+        conditional: conditional(input_dim, context_dim, **options) -> one conditional layer, or all K of them where
+            it takes num_flows; where there is one.
         num_flows: K, where a user does not say.
         lr: the largest step size of a fit, where a user does not say: networks take smaller ones than layers.
         description: one line for `available`.
@@ -68,8 +70,8 @@ def register(
         factory: factory(input_dim, **options) -> a transform of R^D; one layer.
         stack: stack(input_dim, num_flows, **options) -> all K layers as one transform or a list, where they are
             not K equal ones in a row.
-        conditional: conditional(input_dim, context_dim, **options) -> one conditional layer, whose
-            ``condition(context)`` gives a transform.
+        conditional: conditional(input_dim, context_dim, **options) -> one conditional layer, or all K of them where
+            it takes num_flows; ``condition(context)`` gives a transform.
         num_flows: K, where a user does not say.
         lr: the largest step size of a fit, where a user does not say.
         description: one line: fast direction, number of parameters, path score.
@@ -152,7 +154,7 @@ register(
     "planar",
     planar,
     stack=planar_stack,
-    conditional=conditional_planar,
+    conditional=conditional_planar_stack,
     num_flows=32,
     lr=4e-2,
     description="planar layers, fused; fast both ways (inverse by Newton); K (2 D + 1) parameters; path score",
@@ -161,7 +163,7 @@ register(
     "radial",
     radial,
     stack=radial_stack,
-    conditional=conditional_radial,
+    conditional=conditional_radial_stack,
     num_flows=32,
     lr=4e-2,
     description="radial layers, fused; fast both ways (closed form); K (D + 2) parameters; path score",
@@ -189,7 +191,7 @@ register(
     maf,
     stack=maf_stack,
     conditional=conditional_maf,
-    num_flows=4,
+    num_flows=8,
     description=(
         "masked autoregressive layers, orderings alternating; fast inverse (density), D steps forward; parameters as "
         "iaf; path score"

@@ -292,7 +292,7 @@ class NeuralSpline(Coupling):
         num_flows: K.
         num_bins: bins of each spline.
         bound: B.
-        **options: hidden_dims, activation, mixing, context_dim, as for `Coupling`.
+        **options: hidden_dims, activation, mixing, context_dim, start, as for `Coupling`.
 
     Raises:
         OptionError: an argument can't be used.

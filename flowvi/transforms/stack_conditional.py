@@ -62,7 +62,7 @@ class _Rows:
 
 
 class _PlanarLayers:
-    """K planar layers at parameters w, u (..., K, D) and b (..., K), for `Conditioned`."""
+    """K planar layers at parameters w, u (..., K, D) and b (..., K), for `ConditionedStack`."""
 
     has_path_score: ClassVar[bool] = True
 
@@ -78,9 +78,10 @@ class _PlanarLayers:
         return rows.points(y), rows.numbers(log_det)
 
     @staticmethod
-    def _inverse_map(y: Tensor, *params: Tensor, constraint: str) -> Tensor:
+    def _inverse(y: Tensor, *params: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
         rows, at = _PlanarLayers._arranged(y, *params)
-        return rows.points(kernels.planar_stack_inverse(rows.stack(y), at[0], at[1], at[2], constraint))
+        x, log_det = kernels.planar_stack_inverse(rows.stack(y), at[0], at[1], at[2], constraint)
+        return rows.points(x), rows.numbers(log_det)
 
     @staticmethod
     def _score(x: Tensor, score: Tensor, *params: Tensor, constraint: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +91,7 @@ class _PlanarLayers:
 
 
 class _RadialLayers:
-    """K radial layers at parameters z0 (..., K, D), raw_alpha and raw_s (..., K), for `Conditioned`."""
+    """K radial layers at parameters z0 (..., K, D), raw_alpha and raw_s (..., K), for `ConditionedStack`."""
 
     has_path_score: ClassVar[bool] = True
 
@@ -106,15 +107,28 @@ class _RadialLayers:
         return rows.points(y), rows.numbers(log_det)
 
     @staticmethod
-    def _inverse_map(y: Tensor, *params: Tensor) -> Tensor:
+    def _inverse(y: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         rows, at = _RadialLayers._arranged(y, *params)
-        return rows.points(kernels.radial_stack_inverse(rows.stack(y), at[0], at[1], at[2]))
+        x, log_det = kernels.radial_stack_inverse(rows.stack(y), at[0], at[1], at[2])
+        return rows.points(x), rows.numbers(log_det)
 
     @staticmethod
     def _score(x: Tensor, score: Tensor, *params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, at = _RadialLayers._arranged(x, *params)
         out = kernels.radial_stack_score(rows.stack(x), rows.stack(score), at[0], at[1], at[2])
         return rows.points(out[0]), rows.numbers(out[1]), rows.points(out[3])
+
+
+class ConditionedStack(Conditioned):
+    """All K layers at parameters that came from a context, whose inverse comes with its log-determinant."""
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """See `InvertibleMap`."""
+        return self.inverse_and_log_det(y)[0]
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See `InvertibleMap`."""
+        return self.family._inverse(y, *self.params, **self.options)
 
 
 class ParameterNetwork(nn.Module):
@@ -172,9 +186,9 @@ class ConditionalStack(ConditionalTransformModule):
         super().__init__()
         self.nn, self.layers, self.options = nn, layers, options
 
-    def condition(self, context: Tensor) -> Conditioned:
+    def condition(self, context: Tensor) -> ConditionedStack:
         """The stack at a context of shape (..., C), acting on points (..., D)."""
-        return Conditioned(self.layers, self.nn(context), **self.options)
+        return ConditionedStack(self.layers, self.nn(context), **self.options)
 
 
 def conditional_planar_stack(

@@ -1,7 +1,8 @@
-"""The inverses of whole stacks, on numpy arrays; mathematics and shapes as in `planar` and `radial`.
+"""The inverses of whole stacks with log-determinants, on numpy arrays; the mathematics is in `planar` and `radial`.
 
-Planar: x = y - sum_k û_k t_k, with the K scalar equations a_k + m tanh(a_k) = w_k.z_k + b_k solved from the last
-layer to the first; w_k.z_k = w_k.y - sum_{j>k} G_kj t_j needs only the Gram matrix. Radial: in closed form.
+Shapes as there, or with N in front of every array: layers of each datum's own. Planar: the K scalar equations
+a_k + m tanh(a_k) = w_k.z_k + b_k are solved from the last layer to the first, a tile of particles at a time. Radial: in
+closed form. What a layer keeps of each particle, t or r, gives its determinant.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from flowvi.kernels.compiled import threads
+from flowvi.kernels.compiled.constraint import constrain
 from flowvi.kernels.compiled.jit import helper, kernel, stamp
-from flowvi.kernels.compiled.planar_gram import CHUNK, TILE, add_rows, prepare
-from flowvi.kernels.compiled.planar_small import at
+from flowvi.kernels.compiled.planar_gram import TILE
+from flowvi.kernels.compiled.planar_small import at, take_logs
 from flowvi.kernels.compiled.radial_tiles import positive
 from flowvi.kernels.compiled.tanh import tanh
 
@@ -60,46 +61,76 @@ def _make_planar(dtype: type) -> Any:
     TOLERANCE = dtype(2 * np.finfo(dtype).eps)
 
     @kernel
-    def backwards(t: Any, gram: Any, q: Any, b: Any, start: int, stop: int) -> int:
-        """t: W y on the way in, tanh(a) on the way out."""
-        layers = len(b)
-        rows: Any = np.zeros(layers * TILE, F)
+    def backwards(
+        y: Any, w: Any, u: Any, b: Any, softplus: bool, x: Any, log_det: Any, t: Any,
+        n_start: int, n_stop: int, start: int, stop: int,
+    ) -> int:  # fmt: skip
+        _, layers, dim = w.shape
+        u_hat, q = np.empty_like(w[0]), np.empty_like(b[0])
+        z: Any = np.zeros(dim * TILE, F)
+        product: Any = np.zeros(TILE, F)
         work: Any = np.zeros(3 * TILE, F)
-        for first in range(start, stop, TILE):
-            n = min(TILE, stop - first)
-            for k in range(layers - 1, -1, -1):
-                for j in range(n):
-                    work[at(j)] = -t[k, first + j] - b[k]
-                add_rows(work, 0, rows, k + 1, layers, gram, n, False, k)
-                for j in range(n):
-                    work[at(j)] = -work[at(j)]
-                solve(work, n, q[k], TOLERANCE, F)
-                for j in range(n):
-                    v = tanh(work[at(j)])
-                    rows[at(k * TILE + j)] = v
-                    t[k, first + j] = v
+        for n in range(n_start, n_stop):
+            constrain(w[n], u[n], softplus, u_hat, q)
+            for first in range(start, stop, TILE):
+                size = min(TILE, stop - first)
+                for j in range(size):
+                    product[at(j)] = F(1)
+                    log_det[n, first + j] = F(0)
+                    for d in range(dim):
+                        z[at(d * TILE + j)] = y[n, first + j, d]
+                low, high = 1.0, 1.0
+                for k in range(layers - 1, -1, -1):
+                    for j in range(size):
+                        work[at(j)] = b[n, k]
+                    for d in range(dim):
+                        into = w[n, k, d]
+                        for j in range(size):
+                            work[at(j)] += into * z[at(d * TILE + j)]
+                    solve(work, size, q[k], TOLERANCE, F)
+                    take, low, high = take_logs(q, k, low, high)
+                    if take:
+                        for j in range(size):
+                            log_det[n, first + j] -= np.log(product[at(j)])
+                            product[at(j)] = F(1)
+                    for j in range(size):
+                        v = tanh(work[at(j)])
+                        work[at(j)] = v
+                        t[n, k, first + j] = v
+                        product[at(j)] *= v * v + (F(1) - v * v) * q[k]
+                    for d in range(dim):
+                        out = u_hat[k, d]
+                        for j in range(size):
+                            z[at(d * TILE + j)] -= out * work[at(j)]
+                for j in range(size):
+                    log_det[n, first + j] -= np.log(product[at(j)])
+                    for d in range(dim):
+                        x[n, first + j, d] = z[at(d * TILE + j)]
         return TAG
 
     return backwards
 
 
-def planar(y: Any, w: Any, u: Any, b: Any, softplus: bool, x: Any, t: Any) -> None:
-    """Fill x (S, D) and t (K, S) from y (S, D)."""
+def run(task: Any, shape: tuple[int, ...], work: int, tile: int) -> None:
+    """task(n_start, n_stop, start, stop) over threads: they share the data, or one datum's particles."""
+    many, size, _ = shape
+    if many == 1:
+        threads.run(lambda i, j: task(0, 1, i, j), threads.ranges(size, size * work, tile))
+    else:
+        threads.run(lambda i, j: task(i, j, 0, size), threads.ranges(many, many * size * work, 1))
+
+
+def with_front(arrays: tuple[Any, ...], front: bool) -> tuple[Any, ...]:
+    """The arrays with N in front, where they have none."""
+    return arrays if front else tuple(a[None] for a in arrays)
+
+
+def planar(y: Any, w: Any, u: Any, b: Any, softplus: bool, x: Any, log_det: Any, t: Any) -> None:
+    """Fill x (S, D), log|det dx/dy| (S,) and t (K, S) from y (S, D)."""
     backwards = _make_planar(w.dtype.type)
-    u_hat, q = prepare(w, u, b, softplus)
-    w_, u_hat_, x_, t_ = (torch.from_numpy(a) for a in (w, u_hat, x, t))
-    x[:] = y
-    for begin in reversed(range(0, len(b), CHUNK)):
-        chunk = slice(begin, min(begin + CHUNK, len(b)))
-        wc, uc, tc = w_[chunk], u_hat_[chunk], t_[chunk]
-        torch.mm(wc, x_.mT, out=tc)
-        gram = torch.mm(wc, uc.mT).numpy()
-
-        def task(start: int, stop: int, gram: Any = gram, chunk: slice = chunk) -> None:
-            backwards(t[chunk], gram, q[chunk], b[chunk], start, stop)
-
-        threads.run(task, threads.ranges(len(x), len(x) * len(b) * 50, TILE))
-        x_.addmm_(tc.mT, uc, alpha=-1)
+    y, w, u, b, x, log_det, t = with_front((y, w, u, b, x, log_det, t), w.ndim == 3)
+    _, layers, dim = w.shape
+    run(lambda *part: backwards(y, w, u, b, softplus, x, log_det, t, *part), y.shape, layers * (2 * dim + 50), TILE)
 
 
 @cache
@@ -107,35 +138,47 @@ def _make_radial(dtype: type) -> Any:
     F, TAG = dtype, stamp()
 
     @kernel
-    def backwards(y: Any, z0: Any, raw_alpha: Any, raw_s: Any, x: Any, rs: Any, start: int, stop: int) -> int:
-        layers, dim = z0.shape
+    def backwards(
+        y: Any, z0: Any, raw_alpha: Any, raw_s: Any, x: Any, log_det: Any, rs: Any,
+        n_start: int, n_stop: int, start: int, stop: int,
+    ) -> int:  # fmt: skip
+        _, layers, dim = z0.shape
         alphas, esses = np.empty(layers, F), np.empty(layers, F)
-        for k in range(layers):
-            alphas[k], esses[k] = positive(raw_alpha[k])[0], positive(raw_s[k])[0]
-        for i in range(start, stop):
-            for d in range(dim):
-                x[i, d] = y[i, d]
-            for k in range(layers - 1, -1, -1):
-                square, alpha, s = F(0), alphas[k], esses[k]
+        for n in range(n_start, n_stop):
+            for k in range(layers):
+                alphas[k], esses[k] = positive(raw_alpha[n, k])[0], positive(raw_s[n, k])[0]
+            for i in range(start, stop):
                 for d in range(dim):
-                    o = x[i, d] - z0[k, d]
-                    square += o * o
-                big = np.sqrt(square)
-                b = big - s
-                root = np.sqrt(b * b + F(4) * alpha * big) + abs(b)
-                r = F(2) * alpha * big / root if b < F(0) else root / F(2)
-                rs[k, i] = r
-                shrink = (alpha + r) / (r + s)
-                for d in range(dim):
-                    x[i, d] = z0[k, d] + shrink * (x[i, d] - z0[k, d])
+                    x[n, i, d] = y[n, i, d]
+                total, across, along = 0.0, 1.0, 1.0  # the products of both factors of the determinants
+                for k in range(layers - 1, -1, -1):
+                    square, alpha, s = F(0), alphas[k], esses[k]
+                    for d in range(dim):
+                        o = x[n, i, d] - z0[n, k, d]
+                        square += o * o
+                    big = np.sqrt(square)
+                    b = big - s
+                    root = np.sqrt(b * b + F(4) * alpha * big) + abs(b)
+                    r = F(2) * alpha * big / root if b < F(0) else root / F(2)
+                    rs[n, k, i] = r
+                    reach = alpha + r
+                    shrink = reach / (r + s)
+                    across *= shrink
+                    along *= reach * reach / (alpha * s + F(2) * alpha * r + r * r)
+                    if not (1e-200 < across < 1e200 and 1e-200 < along < 1e200):
+                        total += (dim - 1) * np.log(across) + np.log(along)
+                        across, along = 1.0, 1.0
+                    for d in range(dim):
+                        x[n, i, d] = z0[n, k, d] + shrink * (x[n, i, d] - z0[n, k, d])
+                log_det[n, i] = total + (dim - 1) * np.log(across) + np.log(along)
         return TAG
 
     return backwards
 
 
-def radial(y: Any, z0: Any, raw_alpha: Any, raw_s: Any, x: Any, rs: Any) -> None:
-    """Fill x (S, D) and rs (K, S) from y (S, D)."""
+def radial(y: Any, z0: Any, raw_alpha: Any, raw_s: Any, x: Any, log_det: Any, rs: Any) -> None:
+    """Fill x (S, D), log|det dx/dy| (S,) and rs (K, S) from y (S, D)."""
     backwards = _make_radial(z0.dtype.type)
-    layers, dim = z0.shape
-    parts = threads.ranges(len(y), len(y) * layers * (dim + 10), 1)
-    threads.run(lambda start, stop: backwards(y, z0, raw_alpha, raw_s, x, rs, start, stop), parts)
+    arrays = with_front((y, z0, raw_alpha, raw_s, x, log_det, rs), z0.ndim == 3)
+    _, layers, dim = arrays[1].shape
+    run(lambda *part: backwards(*arrays, *part), arrays[0].shape, layers * (dim + 10), 1)

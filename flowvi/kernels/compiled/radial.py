@@ -11,8 +11,9 @@ from typing import Any
 
 from flowvi.kernels.compiled import radial_each, radial_tiles
 from flowvi.kernels.compiled.inverse import radial as inverse
+from flowvi.kernels.compiled.inverse_pullback import radial as inverse_pullback
 
-__all__ = ["backward", "forward", "inverse"]
+__all__ = ["backward", "forward", "inverse", "inverse_pullback"]
 
 MAX_DIM = 256
 """Largest D of the tiles: above it a tile outgrows the cache."""

@@ -1,0 +1,386 @@
+"""`fit(model, args, encoder=...)`: a model and its amortized guide, learnt together by minibatches."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO as PyroELBO
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from flowvi.amortized import AmortizedGuide
+from flowvi.amortized_fit import AmortizedFit, AmortizedHistory
+from flowvi.checks import positive_integers_or_none, positive_numbers_or_none
+from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
+from flowvi.files import digest, plain
+from flowvi.fit.adam import FlatAdam, FlatParameters
+from flowvi.fit.amortized_step import AmortizedStep, learnt_parameters
+from flowvi.fit.batches import Batches, split_rows
+from flowvi.fit.checkpoint import Checkpoint, _name, _word, whole_steps
+from flowvi.fit.distributed import ALONE, Ranks
+from flowvi.fit.engine import STOP_EVERY, Schedule
+from flowvi.fit.rmsprop import FlatRMSprop
+from flowvi.objectives import ELBO, LinearAnneal, PathELBO
+from flowvi.transforms.registry import lookup
+
+__all__ = ["fit_amortized"]
+
+NUM_STEPS = 20_000
+BATCH_SIZE = 100
+LR = 1e-3
+VALIDATION = 0.05
+PATIENCE = 20
+CHECKS = 100  # of the held-out rows, in the course of a fit
+CHECKED_ROWS = 2000  # held-out rows at most for one check
+LOOP = "amortized"
+OPTIMIZERS: dict[str, type[FlatAdam] | type[FlatRMSprop]] = {"adam": FlatAdam, "rmsprop": FlatRMSprop}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the loop walks, beside its `Schedule`.
+
+    Attributes:
+        batch_size: rows of a step.
+        patience: checks without improvement that end it.
+        optimizer: a key of `OPTIMIZERS`.
+        constant: whether the step size stays as it is.
+        checked: held-out rows of a check.
+    """
+
+    batch_size: int
+    patience: int
+    optimizer: str
+    constant: bool
+    checked: int
+
+
+@dataclass
+class Record:
+    """What the loop saw: grows while it runs."""
+
+    checks: list[tuple[float, ...]] = field(default_factory=list)  # step, train, validation, lr, beta
+    best: float = -math.inf
+    best_step: int = 0
+    waited: int = 0
+    steps: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    stopped: str = "finished"
+
+    def history(self) -> AmortizedHistory:
+        """The same, for the user."""
+        step, train, held, lr, beta = torch.tensor(self.checks, dtype=torch.float64).reshape(-1, 5).unbind(-1)
+        return AmortizedHistory(step.long(), train, held, lr, beta, self.best_step, self.skipped_steps)
+
+
+def fit_amortized(
+    model: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    encoder: Callable[..., Tensor],
+    *,
+    flow: str,
+    num_flows: int | None,
+    num_steps: int | None,
+    num_particles: int | None,
+    lr: float | None,
+    anneal: bool | Callable[[int], float] | None,
+    objective: PyroELBO | None,
+    batch_size: int | None,
+    validation: Any,
+    patience: int | None,
+    seed: int | None,
+    device: torch.device | str | None,
+    progress: bool | None,
+    checkpoint: str | Path | None,
+    checkpoint_every: float,
+    ranks: Ranks = ALONE,
+    optimizer: str = "adam",
+    lr_schedule: str = "cosine",
+    **options: Any,
+) -> AmortizedFit:
+    """What `fit` does where it is given an encoder; the arguments are explained there.
+
+    Raises:
+        OptionError, UnknownFlowError: an argument can't be used, or `checkpoint` belongs to another call.
+        DimensionError, TargetError and its children: the model or its data can't be used; the message says why.
+    """
+    positive_integers_or_none(
+        num_steps=num_steps, num_particles=num_particles, batch_size=batch_size, patience=patience
+    )
+    positive_numbers_or_none(lr=lr)
+    if optimizer not in OPTIMIZERS:
+        raise OptionError(f"optimizer must be one of {sorted(OPTIMIZERS)}, not {optimizer!r}.")
+    if lr_schedule not in ("cosine", "constant"):
+        raise OptionError(f"lr_schedule must be 'cosine' or 'constant', not {lr_schedule!r}.")
+    if not callable(model):
+        raise OptionError(f"with encoder= the target must be a Pyro model, not {model!r}.")
+    name = "planar" if flow == "auto" else flow
+    if num_flows is None:
+        num_flows = lookup(name).num_flows
+    seed_asked, seed = seed, ranks.same(secrets.randbits(31) if seed is None else seed)
+    where = None if device is None else torch.device(device)
+    if where is not None:
+        for module in _modules(model, encoder):
+            module.to(where)
+    args = (args,) if isinstance(args, (Tensor, Dataset)) else tuple(args)
+    data = Batches.of(args, kwargs or {}, where)
+    num_steps = num_steps or NUM_STEPS
+    if objective is None:
+        if anneal is True:
+            anneal = LinearAnneal(max(1, num_steps // 10))
+        objective = PathELBO(num_particles or 1, anneal=anneal or None)
+
+    saver = None
+    settings = {
+        "flow": name, "num_flows": num_flows, "options": dict(options), "num_steps": num_steps,
+        "objective": objective if isinstance(objective, ELBO) else repr(objective),
+        "batch_size": batch_size or BATCH_SIZE, "lr": lr or LR, "lr_schedule": lr_schedule, "optimizer": optimizer,
+        "patience": patience or PATIENCE,
+    }  # fmt: skip
+    if checkpoint is not None:
+        call = {
+            "target": _name(model),
+            "encoder": _name(encoder),
+            "arguments": digest(plain({"args": args, "kwargs": kwargs or {}, "held": validation}, otherwise=_name)),
+            "seed": seed_asked,
+            **{key: _word(value, num_steps) for key, value in settings.items()},
+        }
+        saver = Checkpoint(checkpoint, checkpoint_every, call, seed=seed, ranks=ranks)
+        seed = saver.seed
+
+    start = time.perf_counter()
+    train, held = split_rows(data, VALIDATION if validation is None else validation, seed)
+    walk = Settings(
+        min(batch_size or BATCH_SIZE, len(train)),
+        patience or PATIENCE,
+        optimizer,
+        lr_schedule == "constant",
+        min(CHECKED_ROWS, 0 if held is None else len(held)),
+    )
+    if walk.batch_size % ranks.world:
+        raise OptionError(f"a batch of {walk.batch_size} rows can't be split evenly over {ranks.world} ranks.")
+    store = pyro.get_param_store()
+    cuda = [where.index or 0] if where is not None and where.type == "cuda" else []
+    with store.scope(store.get_state()) as learnt, torch.random.fork_rng(devices=cuda), ranks.working():
+        torch.manual_seed(seed)
+        guide = AmortizedGuide(model, encoder, name, num_flows, **options)
+        first = train.minibatch(0, walk.batch_size, seed)
+        step = AmortizedStep(model, guide, objective, first)
+        parameters = learnt_parameters(model, guide, first)
+        timing = {"set_up": time.perf_counter() - start}
+        record = _maximize(
+            step,
+            parameters,
+            train,
+            held,
+            Schedule(num_steps, lr or LR),
+            walk,
+            seed=seed,
+            progress=progress if ranks.is_first else False,
+            checkpoint=saver,
+            ranks=ranks,
+        )
+    timing["steps"] = record.seconds
+    config = {
+        "flow": name,
+        "num_flows": num_flows,
+        "options": {k: v if isinstance(v, (int, float, str, tuple)) else str(v) for k, v in options.items()},
+        "num_parameters": sum(p.numel() for p in parameters),
+        "dim": guide.local.input_dim,
+        "num_rows": len(train),
+        "num_held_out": 0 if held is None else len(held),
+        "num_steps": num_steps,
+        "batch_size": walk.batch_size,
+        "optimizer": optimizer,
+        "lr": lr or LR,
+        "lr_schedule": lr_schedule,
+        "objective": repr(objective),
+        "patience": walk.patience,
+        "seed": seed,
+        "device": str(parameters[0].device),
+        "direct": step.direct,
+        "peak_memory_mb": _peak(parameters[0].device),
+        "stopped": record.stopped,
+    }
+    config, timing = ranks.same((config | {"ranks": ranks.world}, timing))
+    if ranks.is_first:
+        _report_trouble(record)
+    example = train.get(slice(2))
+    return AmortizedFit(
+        model, guide, parameters, learnt, example, config=config, timing=timing, history=record.history(), seed=seed
+    )
+
+
+def _maximize(
+    step: AmortizedStep,
+    parameters: Sequence[Tensor],
+    train: Batches,
+    held: Batches | None,
+    schedule: Schedule,
+    walk: Settings,
+    *,
+    seed: int,
+    progress: bool | None,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks = ALONE,
+) -> Record:
+    """Go up the objective, in place; the parameters with the best held-out score are kept.
+
+    Args:
+        step: the loss of a minibatch.
+        parameters: what is learnt.
+        train: what it learns from.
+        held: what it is checked on, or None: then the last parameters are kept.
+        schedule: number and size of steps.
+        walk: the rest.
+        seed: of the batches; the other random numbers come from torch's global generator, which the caller holds.
+        progress: whether a bar is shown.
+        checkpoint: takes the loop's state from time to time; the loop goes on where it was.
+        ranks: over which each minibatch is split. Their noise is seeded by step and rank, so it is not that of one
+            process; the gradient is the mean of theirs, and so that of the whole minibatch.
+    """
+    flat = FlatParameters(parameters)
+    ranks.broadcast_(flat.vector)
+    optimizer = OPTIMIZERS[walk.optimizer](flat.vector, flat.grad)
+    record, best = Record(), flat.vector.clone()
+    every = max(1, schedule.num_steps // CHECKS)
+    objective: Any = step.objective
+    seen = torch.zeros(2, dtype=torch.float64, device=flat.vector.device)  # the sum of the finite values, their number
+    start = time.perf_counter()
+
+    def state() -> dict[str, Any]:
+        moments = [optimizer.mean, optimizer.square, optimizer.state]
+        so_far = vars(record) | {"seconds": time.perf_counter() - start}
+        return {"tensors": [flat.vector, best, seen, *moments], "record": so_far, "random": torch.get_rng_state()}
+
+    if checkpoint is not None:
+        saved = checkpoint.take(LOOP)
+        if saved is not None:
+            with checkpoint.reading():
+                record = Record(**saved["record"])
+                mine = [flat.vector, best, seen, optimizer.mean, optimizer.square, optimizer.state]
+                for tensor, value in zip(mine, saved["tensors"], strict=True):
+                    if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):  # copy_ would broadcast and cast
+                        raise ValueError(f"a state of shape {tuple(value.shape)} where {tuple(tensor.shape)} is due")
+                    tensor.copy_(value)
+                torch.set_rng_state(saved["random"])
+                start -= record.seconds
+        checkpoint.keep(LOOP, state)
+    over = record.steps >= schedule.num_steps or record.stopped == "no improvement"
+    show = None if progress is None else not progress
+    bar = tqdm(total=schedule.num_steps, initial=record.steps, desc="fit", disable=show)
+    try:
+        with whole_steps(checkpoint is not None) as ctrl_c, pyro.validation_enabled(False):
+            for t in range(record.steps, schedule.num_steps if not over else 0):
+                beta = objective.beta(t) if isinstance(objective, ELBO) else 1.0
+                lr = schedule.lr if walk.constant else schedule.lr_at(t)
+                flat.grad.zero_()
+                if ranks.world > 1:
+                    torch.manual_seed((seed + 1) * 1_000_003 + t * ranks.world + ranks.rank)
+                loss = step(train.minibatch(t, walk.batch_size, seed, ranks.share(walk.batch_size)), beta)
+                loss.surrogate.backward()
+                ranks.mean_(flat.grad)
+                elbo = ranks.mean_(loss.elbo.clone())
+                finite = elbo.isfinite()
+                optimizer.step(lr, finite)
+                seen += torch.stack([torch.where(finite, elbo, 0.0), finite]).to(seen)
+                record.steps = t + 1
+                if (t + 1) % every == 0 or t + 1 == schedule.num_steps:
+                    value = math.nan if held is None else _score(step, held.at(torch.arange(walk.checked)), walk, seed)
+                    value = ranks.same(value)
+                    record.checks.append((t + 1, float(seen[0] / seen[1]), value, lr, beta))
+                    seen.zero_()
+                    record.waited += 1
+                    if held is None or value > record.best:
+                        record.waited, record.best, record.best_step = 0, value, t + 1
+                        best.copy_(flat.vector)
+                    _show(bar, record)
+                    if record.waited >= walk.patience and beta == 1:
+                        record.stopped = "no improvement"
+                        break
+                stop = bool(ctrl_c) or (t % STOP_EVERY == STOP_EVERY - 1 and ranks.stop_asked())
+                if checkpoint is not None and (stop or checkpoint.due()):
+                    checkpoint.save()
+                if stop:
+                    raise KeyboardInterrupt
+            if checkpoint is not None and not over:
+                checkpoint.save()
+    except KeyboardInterrupt:
+        record.stopped = "interrupted"
+        if not record.checks:
+            best.copy_(flat.vector)
+    finally:
+        if checkpoint is not None:
+            checkpoint.keep(LOOP, None)
+        bar.close()
+        with torch.no_grad():
+            flat.vector.copy_(best)
+        flat.release()
+    record.skipped_steps = optimizer.skipped
+    record.seconds = time.perf_counter() - start
+    return record
+
+
+@torch.no_grad()
+def _score(step: AmortizedStep, held: Batches, walk: Settings, seed: int) -> float:
+    """The mean ELBO of held-out rows, from the same random numbers at every check; -inf where it is not finite."""
+    total, size = 0.0, 5 * walk.batch_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for first in range(0, len(held), size):
+            rows = slice(first, min(first + size, len(held)))
+            total += float(step(held.get(rows)).elbo) * (rows.stop - rows.start)
+    return total / len(held) if math.isfinite(total) else -math.inf
+
+
+def _show(bar: Any, record: Record) -> None:
+    bar.update(record.steps - bar.n)
+    if not bar.disable:
+        _, train, validation, *_ = record.checks[-1]
+        bar.set_postfix_str(f"ELBO {train:.2f}, held out {validation:.2f}", refresh=False)
+
+
+def _modules(*things: Any) -> list[nn.Module]:
+    """The modules among them, or that they are methods of."""
+    owners = (t if isinstance(t, nn.Module) else getattr(t, "__self__", None) for t in things)
+    return [m for m in owners if isinstance(m, nn.Module)]
+
+
+def _peak(device: torch.device) -> float | None:
+    """The most memory that was in use, in MB: the device's, or this process's so far; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _report_trouble(record: Record) -> None:
+    if record.stopped == "interrupted":
+        warnings.warn(
+            InterruptedWarning(f"stopped by Ctrl-C after {record.steps} steps; this is the best so far."), stacklevel=4
+        )
+    if record.skipped_steps:
+        warnings.warn(
+            NumericalWarning(
+                f"{record.skipped_steps} of {record.steps} steps were skipped because the ELBO or its gradient was not "
+                f"finite: look for outliers in the data, or lower lr."
+            ),
+            stacklevel=4,
+        )

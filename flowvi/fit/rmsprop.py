@@ -1,0 +1,53 @@
+"""RMSprop with momentum on one flat parameter vector: the paper's optimizer (Rezende & Mohamed 2015, section 6.2).
+
+Tieleman & Hinton 2012, lecture 6.5: v <- a v + (1 - a) g^2, m <- mu m + g / (sqrt(v) + eps), p <- p - lr m. Gradients
+are cut and left out as in `flowvi.fit.adam`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowvi.fit.adam import CLIP, KEEP
+
+MOMENTUM, DECAY, EPS = 0.9, 0.99, 1e-8
+
+
+class FlatRMSprop:
+    """RMSprop on one vector.
+
+    Args:
+        vector: the parameters, changed in place.
+        grad: their gradient, read at each step.
+
+    Attributes:
+        mean: the running step m, of the vector's shape.
+        square: the running square v.
+        state: float64 (3,): steps taken, running length of the gradient, steps skipped.
+    """
+
+    def __init__(self, vector: Tensor, grad: Tensor) -> None:
+        self.vector, self.grad = vector.detach(), grad
+        self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
+        self.state = torch.zeros(3, dtype=torch.float64, device=vector.device)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not taken."""
+        return int(self.state[2])
+
+    def step(self, lr: float, usable: Tensor | bool = True) -> None:
+        """One step of size `lr`, unless the gradient is not finite or `usable` is false."""
+        norm = float(torch.linalg.vector_norm(self.grad, dtype=torch.float64))
+        if not (bool(usable) and norm < float("inf")):
+            self.state[2] += 1
+            return
+        typical = float(self.state[1]) if self.state[0] else norm
+        cut = min(norm, CLIP * typical)
+        g = self.grad * (cut / norm if norm else 1.0)
+        self.state[0] += 1
+        self.state[1] = KEEP * typical + (1 - KEEP) * cut
+        self.square.mul_(DECAY).addcmul_(g, g, value=1 - DECAY)
+        self.mean.mul_(MOMENTUM).addcdiv_(g, self.square.sqrt().add_(EPS))
+        self.vector.sub_(self.mean, alpha=lr)

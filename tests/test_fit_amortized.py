@@ -1,0 +1,180 @@
+"""`fit(encoder=)` and the deep latent Gaussian model: exact answers, resumed fits, what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import nn
+
+import flowvi
+from flowvi.errors import DimensionError, NonFiniteError, OptionError
+from flowvi.models import DLGM, Maxout
+
+W = torch.tensor([[1.0, 0.5], [-0.5, 1.0], [0.0, 0.0]])
+NOISE = 0.6
+
+
+def linear_gaussian(x):
+    """A linear model, z ~ N(0, I), x ~ N(W z + mean, .6^2): the posterior of z is N(V W^T (x - mean) / .36, V)."""
+    mean = pyro.param("mean", torch.zeros(3))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ W.T + mean, NOISE).to_event(1), obs=x)
+
+
+def data(num=600):
+    g = torch.Generator().manual_seed(0)
+    z, noise = torch.randn(num, 2, generator=g), torch.randn(num, 3, generator=g)
+    return z @ W.T + NOISE * noise + torch.tensor([1.0, -1.0, 0.5])
+
+
+def fit(x, steps=800, **options):
+    encoder = nn.Identity()
+    options = {"flow": "planar", "num_flows": 2, "lr": 2e-2, "seed": 1, "progress": False} | options
+    return flowvi.fit(linear_gaussian, x, encoder=encoder, num_steps=steps, **options)
+
+
+def test_linear_gaussian_is_exact():
+    x = data()
+    before = torch.get_rng_state()
+    found = fit(x, validation=0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert "mean" not in pyro.get_param_store()
+    assert found.config["direct"]
+    mean = found.params["mean"]
+    assert torch.allclose(mean, x.mean(0), atol=0.1)  # that of maximum likelihood
+    exact = dist.MultivariateNormal(mean, W @ W.T + NOISE**2 * torch.eye(3)).log_prob(x)
+    likelihood = found.log_likelihood(x, num_importance_samples=100, seed=3)
+    assert abs(likelihood.mean - exact.mean()) < 3 * likelihood.monte_carlo_error + 1e-3
+    bounds = [found.log_likelihood(x, num_importance_samples=k, seed=4).mean for k in (1, 10, 100)]
+    assert bounds[0] <= bounds[1] + 1e-3 <= bounds[2] + 2e-3
+    assert float(exact.mean()) - found.elbo(x).mean < 0.02
+    cov = torch.linalg.inv(torch.eye(2) + W.T @ W / NOISE**2)
+    draws = found.sample(x[:4], num_samples=4000, seed=5)["z"]
+    assert torch.allclose(draws.mean(0), (x[:4] - mean) @ W @ cov / NOISE**2, atol=0.06)
+    assert torch.allclose(draws.std(0), cov.diagonal().sqrt().expand(4, 2), atol=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_resumed_to_the_bit(tmp_path, optimizer):
+    x, cut_at = data(300), 25
+    calls = {"now": 0}
+
+    def anneal(step):
+        calls["now"] += 1
+        if step == cut_at and calls["now"] > cut_at:  # and not where the checkpoint looks at the schedule
+            raise RuntimeError("cut off")
+        return 1.0
+
+    options = {"optimizer": optimizer, "patience": 1000}
+    whole = fit(x, 60, anneal=lambda step: 1.0, **options)
+    options |= {"anneal": anneal, "checkpoint": tmp_path, "checkpoint_every": 1e-9}
+    with pytest.raises(RuntimeError, match="cut off"):
+        fit(x, 60, **options)
+    cut_at = 1000
+    for _ in range(2):  # the second finds it finished
+        again = fit(x, 60, **options)
+        assert all(torch.equal(p, q) for p, q in zip(whole._parameters, again._parameters, strict=True))
+        assert torch.equal(whole.history.train, again.history.train)
+        assert torch.equal(whole.history.validation, again.history.validation)
+    with pytest.raises(OptionError, match="another call"):
+        fit(x + 1, 60, **options)
+
+
+def test_early_stopping_keeps_the_best():
+    x = data(100)
+    found = fit(x[:40], 2000, validation=x[40:], patience=3, lr=0.05, hidden=(64,), num_flows=4)
+    assert found.config["stopped"] == "no improvement"
+    best = found.history.validation.argmax()
+    assert found.history.best_step == found.history.step[best] < found.history.step[-1]
+
+
+def test_save_and_load(tmp_path):
+    x = data(100)
+    found = fit(x, 20)
+    found.save(tmp_path / "fit.pt")
+    again = flowvi.AmortizedFit.load(tmp_path / "fit.pt", linear_gaussian, nn.Identity())
+    assert torch.equal(found.params["mean"], again.params["mean"])
+    assert found.elbo(x, seed=1) == again.elbo(x, seed=1)
+    with pytest.raises(flowvi.errors.FileFormatError, match="doesn't fit"):
+        flowvi.AmortizedFit.load(tmp_path / "fit.pt", linear_gaussian, nn.Linear(3, 5))
+
+
+def test_a_dataset_is_its_tensors():
+    x = data(200)
+    one, two = fit(x, 20), fit(torch.utils.data.TensorDataset(x), 20)
+    assert torch.equal(one.history.train, two.history.train)
+
+
+def test_global_latents_beside_local_ones_are_refused():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(3), 10.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ W.T + mu, NOISE).to_event(1), obs=x)
+
+    with pytest.raises(OptionError, match="outside of plate 'data'"):
+        flowvi.fit(model, data(400), encoder=nn.Identity(), num_flows=0, num_steps=10, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"validation": 1.5}, OptionError, "validation"),
+        ({"optimizer": "sgd"}, OptionError, "optimizer"),
+        ({"lr_schedule": "step"}, OptionError, "lr_schedule"),
+        ({"batch_size": 0}, OptionError, "batch_size"),
+        ({"whiten": True}, OptionError, "whiten"),
+        ({"no_such": 1}, OptionError, "no_such"),
+    ],
+)
+def test_bad_options(options, error, words):
+    with pytest.raises(error, match=words):
+        fit(data(50), 5, **options)
+
+
+def test_bad_data():
+    x = data(50)
+    x[3, 1] = math.nan
+    with pytest.raises(NonFiniteError, match="NaN"):
+        fit(x, 5)
+    with pytest.raises(DimensionError, match="1 rows"):
+        fit(data(1), 5)
+    with pytest.raises(OptionError, match="goes with encoder"):
+        flowvi.fit(flowvi.energies.U1(), batch_size=10)
+
+
+def test_maxout():
+    net = Maxout(3, 5, window=4).double()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    pieces = (x @ net.linear.weight.T + net.linear.bias).reshape(7, 4, 5)
+    assert torch.allclose(net(x), pieces.amax(1))
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "logit_normal"])
+def test_dlgm_log_joint(likelihood):
+    torch.manual_seed(0)
+    dlgm = DLGM(6, 2, hidden=5, likelihood=likelihood).double()
+    x = torch.rand(4, 6, dtype=torch.float64)
+    x = (x > 0.5).double() if likelihood == "bernoulli" else x
+    z = torch.randn(4, 2, dtype=torch.float64)
+    trace = poutine.trace(poutine.condition(dlgm.model, data={"z": z})).get_trace(x, size=12)
+    out = dlgm.decoder(z)
+    if likelihood == "bernoulli":
+        p = torch.sigmoid(out)
+        log_x = (x * p.log() + (1 - x) * (1 - p).log()).sum()
+    else:
+        scale = nn.functional.softplus(out[:, 6:]) + 1e-2
+        y = (x / (1 - x)).log()
+        log_x = (-((y - out[:, :6]) ** 2) / (2 * scale**2) - scale.log() - math.log(2 * math.pi) / 2).sum()
+        log_x = log_x - (x * (1 - x)).log().sum()
+    log_z = (-(z**2) / 2 - math.log(2 * math.pi) / 2).sum()
+    assert trace.log_prob_sum().item() == pytest.approx(3 * (log_x + log_z).item())
+    pyro.clear_param_store()
+    with pytest.raises(DimensionError, match=r"\(n, 6\)"):
+        dlgm.model(x[:, :5])

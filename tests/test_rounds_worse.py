@@ -1,0 +1,49 @@
+"""Rounds whose steps are too large: made again with smaller ones, and never returned in place of a better start."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import flowvi
+from flowvi.fit import rounds
+
+pytestmark = pytest.mark.filterwarnings("ignore::flowvi.errors.FlowVIWarning")
+
+
+def skewed(z):
+    return (z - z.exp()).sum(-1)
+
+
+def fit(lr):
+    return flowvi.fit(skewed, dim=5, lr=lr, seed=0, time_limit=6, verify=False, progress=False)
+
+
+def test_a_round_that_makes_it_worse_is_made_again_with_smaller_steps(monkeypatch):
+    monkeypatch.setattr(rounds, "ROUND_STEPS", 300)
+    checks = fit(lr=3.0).config["rounds"]
+    gaussian, first = checks[0], checks[1]
+    assert not first["elbo"] > gaussian["elbo"] - rounds.WORSE  # the steps were too large
+    assert checks[2]["num_flows"] == first["num_flows"]
+    later = [c["elbo"] for c in checks[2:]]
+    assert max(x for x in later if math.isfinite(x)) > gaussian["elbo"]
+
+
+def test_the_gaussian_stays_where_every_round_is_worse(monkeypatch):
+    seen = iter(range(100))
+    true = rounds.check
+
+    def check(flow, density, generator, **facts):
+        found = true(flow, density, generator, **facts)
+        return found if next(seen) == 0 else rounds.replace(found, elbo=math.nan)
+
+    monkeypatch.setattr(rounds, "check", check)
+    monkeypatch.setattr(rounds, "ROUND_STEPS", 60)
+    monkeypatch.setattr(rounds, "MIN_STEPS", 60)
+    posterior = fit(lr=1e-2)
+    assert posterior.config["stopped"] == "the steps that were tried make it worse"
+    assert posterior.config["num_flows"] == 0
+    assert len(posterior.config["rounds"]) == 2 + rounds.MAX_WORSE
+    assert torch.isfinite(posterior.sample(100)["z"]).all()

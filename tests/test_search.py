@@ -1,0 +1,80 @@
+"""The search for modes beside those that the starts found: it finds what is there, and nothing that is not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import flowvi
+from flowvi.fit.modes import survey
+from flowvi.fit.search import search
+from flowvi.fit.whiten import Start, whiten
+
+
+def mixture(centres, widths, weights):
+    """Log density of a mixture of round Gaussians, which integrates to 1."""
+    dim = centres.shape[1]
+
+    def log_prob(z):
+        squares = ((z[:, None] - centres.to(z)) / widths.to(z)[:, None]).square().sum(-1)
+        parts = -0.5 * squares - dim * (widths.to(z).log() + 0.5 * math.log(2 * math.pi))
+        return torch.logsumexp(parts + weights.to(z).log(), 1)
+
+    return flowvi.as_density(log_prob, dim=dim)
+
+
+def eight(dim, spread):
+    generator = torch.Generator().manual_seed(3)
+    centres = spread * dim**0.5 * torch.nn.functional.normalize(torch.randn(8, dim, generator=generator), dim=1) * 3
+    return mixture(centres, torch.ones(8), torch.full((8,), 1 / 8))
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("dim", [4, 30])
+def test_from_one_known_mode_it_finds_the_other_seven(dim, full):
+    density = eight(dim, 2.0)
+    start = whiten(
+        density, dim, full=full, generator=torch.Generator().manual_seed(0), dtype=torch.float32, num_starts=1
+    )
+    assert start.elbo == pytest.approx(-math.log(8), abs=0.1)  # it has one of the eight
+    found = search([start], density, torch.Generator().manual_seed(1))
+    (log_evidence, se), modes = survey([start, *found], density, torch.Generator().manual_seed(2))
+    assert len(modes) == 8
+    assert log_evidence == pytest.approx(0.0, abs=max(0.05, 4 * se))
+
+
+def test_a_narrow_mode_among_wide_ones():
+    centres = torch.tensor([[0.0] * 5, [10.0] + [0.0] * 4])
+    density = mixture(centres, torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.5]))
+    known = Start(centres[0], torch.eye(5), -math.log(2))
+    (found,) = search([known], density, torch.Generator().manual_seed(0))
+    assert found.loc == pytest.approx(centres[1], abs=0.2)
+    assert found.elbo == pytest.approx(-math.log(2), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "energy", [flowvi.energies.Funnel(4), flowvi.energies.Banana(3), flowvi.energies.StudentT(6)], ids=repr
+)
+def test_one_mode_is_one_mode(energy):
+    density = flowvi.as_density(energy)
+    start = whiten(
+        density, density.dim, full=True, generator=torch.Generator().manual_seed(0), dtype=torch.float32, num_starts=2
+    )
+    assert search([start], density, torch.Generator().manual_seed(1)) == ()
+
+
+def test_a_fit_has_what_the_search_found():
+    centres = torch.tensor([[0.0] * 5, [10.0] + [0.0] * 4])
+    density = mixture(centres, torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.5]))
+    for seed in range(3):
+        posterior = flowvi.fit(density, dim=5, num_flows=2, num_steps=50, seed=seed, verify=False, progress=False)
+        assert posterior.config["weights"] == pytest.approx([0.5, 0.5], abs=0.05)
+
+
+def test_where_all_starts_were_wrong_the_fit_goes_where_the_mass_is():
+    centres = torch.tensor([[0.0] * 5, [60.0] + [0.0] * 4])
+    density = mixture(centres, torch.ones(2), torch.tensor([2e-4, 1 - 2e-4]))
+    posterior = flowvi.fit(density, dim=5, num_flows=2, num_steps=50, seed=0, verify=False, progress=False)
+    assert posterior.sample(1000, seed=0)["z"].mean(0) == pytest.approx(centres[1], abs=0.3)
