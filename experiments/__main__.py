@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from experiments import calibration, density, fig1, fig3, flow_length, gallery, large, mnist, speed, truth, verdict
+from experiments import (
+    calibration,
+    cifar,
+    density,
+    fig1,
+    fig3,
+    flow_length,
+    gallery,
+    large,
+    mnist,
+    speed,
+    truth,
+    verdict,
+)
 from experiments.report import INSTALL, Report
 from flowvi.errors import FlowVIError
 
@@ -40,11 +54,20 @@ MAKES = {
     "speed": speed.TITLE,
     "flow_length": flow_length.TITLE,
     "mnist": mnist.TITLE,
+    "cifar": cifar.TITLE,
     "truth": truth.TITLE,
     "large": large.TITLE,
     "verdict": verdict.TITLE,
     "calibration": calibration.TITLE,
 }
+
+
+@app.callback()
+def one_process() -> None:
+    """The figures of Rezende & Mohamed 2015, made again. Each writes results.json, table.md and a PNG."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would run everything and write over the others
+        typer.echo("error: the experiments run in one process; --workers gives some of them more.", err=True)
+        raise typer.Exit(2)
 
 
 @app.command("list")
@@ -189,6 +212,29 @@ def run_mnist(  # noqa: D103 (its help is above)
             binarization="dynamic" if dynamic else "static",
         )
         return mnist.run(changed, folder, data_dir, resume=resume)
+
+    _finish(work, folder, quick)
+
+
+@app.command("cifar", help=cifar.TITLE)
+def run_cifar(  # noqa: D103 (its help is above)
+    quick: Quick = False,
+    seed: Seed = 0,
+    data_dir: Annotated[Path | None, typer.Option(help="The folder of the data.", show_default="download")] = None,
+    updates: Annotated[int | None, typer.Option(min=1, help="Of each fit.", show_default="32,000")] = None,
+    num_flows: Annotated[
+        list[int] | None, typer.Option(help="A length K, again for more.", show_default="0, 2, 5, 10")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take rows that are there, go on with fits.")] = False,
+    out: Out = None,
+) -> None:
+    chosen = cifar.Config.quick(seed) if quick else cifar.Config(seed=seed)
+    folder = _folder("cifar", out, quick)
+
+    def work() -> Report:
+        lengths = tuple(num_flows) if num_flows else chosen.lengths
+        changed = dataclasses.replace(chosen, updates=updates or chosen.updates, lengths=lengths)
+        return cifar.run(changed, folder, data_dir, resume=resume)
 
     _finish(work, folder, quick)
 

@@ -128,7 +128,7 @@ def run(
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """F and -log p against K, each below its value at K = 0 where there is one."""
+    """F and -log p against K, each with error bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib: pip install 'flowvi[experiments]'")
 
-from experiments import dlgm_runs, images, mnist
+from experiments import cifar, dlgm_runs, images, mnist
 from flowvi.errors import FlowVIError, OptionError
 
 CONFIG = mnist.Config(updates=30, lengths=(0, 2), nice=(2,), num_test=40, num_samples=5, hidden=6, latent_dim=3)
@@ -78,6 +78,24 @@ def test_mnist_files(tmp_path):
     assert set(batch.unique().tolist()) == {0.0, 1.0}
     assert batch.mean().item() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / batch.numel()))
     assert (len(found.train), len(found.held), len(found.test)) == (50_000, 2, 5)
+
+
+def test_cifar(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10_first4000.npz", x=x)
+    found = images.cifar_patches(tmp_path, 200, seed=0)
+    assert [tuple(p.shape) for p in (found.train, found.held, found.test)] == [(200, 192), (20, 192), (20, 192)]
+    patch = (found.train[0].double() * 256).floor().reshape(3, 8, 8).numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(x[:24].transpose(0, 3, 1, 2), (8, 8), axis=(2, 3))
+    distance = np.abs(windows - patch[None, :, None, None]).max(axis=(1, 4, 5))
+    assert (distance <= 1).any()  # a patch of a training image, but for the clipping and rounding of pixels
+    config = cifar.Config(0, 20, (0, 2), num_patches=200, num_test=20, num_samples=5, hidden=6, latent_dim=3)
+    report = cifar.run(config, tmp_path / "out", tmp_path, progress=False)
+    report.write(tmp_path / "out")
+    assert [row["K"] for row in report.rows] == [0, 2]
+    assert "a part of the set" in report.notes[0]
+    assert report.table[1]["paper's -log p"] == "-308.6"
 
 
 def test_bad_input(tmp_path, monkeypatch):

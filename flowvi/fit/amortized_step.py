@@ -62,7 +62,7 @@ class AmortizedStep:
             )
         if guide.has_globals:
             raise OptionError(
-                f"the model has latents outside of plate {guide.frame.name!r}, which fit(encoder=...) doesn't take yet: "
+                f"the model has latents outside of plate {guide.frame.name!r}, which fit(encoder=...) doesn't take: "
                 f"use flowvi.AmortizedGuide in pyro.infer.SVI, or make them parameters of the model (pyro.param)."
             )
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
