@@ -45,9 +45,9 @@ def results(family, case, *, constraint="squareplus", paths=(True, False)):
     """Everything the operators compute from a case, by name."""
     options = (constraint,) if family == "planar" else ()
     x, *params = case
-    torch.manual_seed(1)
-    score, g_y = torch.randn(2, *x.shape, dtype=x.dtype)
-    g_log_det = torch.randn(x.shape[:-1], dtype=x.dtype)
+    generator = torch.Generator().manual_seed(1)  # of its own: threads share the global one
+    score, g_y = torch.randn(2, *x.shape, dtype=x.dtype, generator=generator)
+    g_log_det = torch.randn(x.shape[:-1], dtype=x.dtype, generator=generator)
     out = {}
     y, log_det, kept, new_score = getattr(OPS, f"{family}_stack_score")(x, score, *params, *options)
     out |= {"y": y, "log_det": log_det, "kept": kept, "score": new_score}

@@ -78,3 +78,17 @@ def test_where_all_starts_were_wrong_the_fit_goes_where_the_mass_is():
     density = mixture(centres, torch.ones(2), torch.tensor([2e-4, 1 - 2e-4]))
     posterior = flowvi.fit(density, dim=5, num_flows=2, num_steps=50, seed=0, verify=False, progress=False)
     assert posterior.sample(1000, seed=0)["z"].mean(0) == pytest.approx(centres[1], abs=0.3)
+
+
+def test_a_target_that_refuses_far_values_is_searched_nearer():
+    centres = torch.tensor([[0.0] * 5, [10.0] + [0.0] * 4])
+    inner = mixture(centres, torch.ones(2), torch.tensor([0.5, 0.5]))
+
+    def log_prob(z):
+        if bool((z.abs() > 60).any()):
+            raise ValueError("too far")
+        return inner(z)
+
+    known = Start(centres[0], torch.eye(5), -math.log(2))
+    (found,) = search([known], flowvi.as_density(log_prob, dim=5), torch.Generator().manual_seed(0))
+    assert found.loc == pytest.approx(centres[1], abs=0.2)

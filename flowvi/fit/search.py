@@ -58,21 +58,32 @@ def search(known: Sequence[Start], target: Target, generator: torch.Generator) -
     Returns:
         Gaussians elsewhere whose ELBO is at least about 1e-3 of the best in evidence; often none.
     """
+    for reach in range(len(RADII), 0, -1):
+        try:
+            return _search(known, target, generator, RADII[:reach])
+        except ValueError:  # the target refuses what overflows far out, as torch's distributions do: stay nearer
+            continue
+    return ()
+
+
+def _search(
+    known: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float]
+) -> tuple[Start, ...]:
     found: list[Start] = []
     for _ in range(ROUNDS):
         modes = [*known, *found]
-        new = _round(modes, target, generator)
+        new = _round(modes, target, generator, radii)
         found += new
         if not new:
             break
     return tuple(found)
 
 
-def _round(modes: Sequence[Start], target: Target, generator: torch.Generator) -> list[Start]:
+def _round(modes: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float]) -> list[Start]:
     best = modes[0]
     root = best.scale_tril
     guesses = _guesses(modes)[:NUM_GUESSES]
-    far = _far(NUM_SCOUTS - len(guesses), len(best.loc), generator).to(root)
+    far = _far(NUM_SCOUTS - len(guesses), len(best.loc), generator, radii).to(root)
     z = torch.cat([best.loc + (far @ root.mT if root.dim() == 2 else far * root), *(g.unsqueeze(0) for g in guesses)])
     z, log_p = _climb(z, best.loc, root, target)
     at_modes, _ = target.value_and_grad(torch.stack([m.loc for m in modes]))
@@ -101,7 +112,7 @@ def _round(modes: Sequence[Start], target: Target, generator: torch.Generator) -
     return new
 
 
-def _far(num: int, dim: int, generator: torch.Generator) -> Tensor:
+def _far(num: int, dim: int, generator: torch.Generator, radii: Sequence[float]) -> Tensor:
     """Points (num, D) far out, in opposite pairs along random frames."""
     rows: list[Tensor] = []
     while 2 * len(rows) < num:
@@ -110,9 +121,9 @@ def _far(num: int, dim: int, generator: torch.Generator) -> Tensor:
         rows += torch.linalg.qr(frame)[0].mT
     directions = torch.stack(rows[: -(-num // 2)])
     directions = torch.stack([directions, -directions], 1).reshape(-1, dim)[:num]
-    radii = torch.tensor(RADII, dtype=torch.float64, device=generator.device)
-    which = torch.arange(num, device=generator.device) // 2 % len(RADII)
-    return dim**0.5 * radii[which].unsqueeze(1) * directions
+    lengths = torch.tensor(radii, dtype=torch.float64, device=generator.device)
+    which = torch.arange(num, device=generator.device) // 2 % len(radii)
+    return dim**0.5 * lengths[which].unsqueeze(1) * directions
 
 
 def _guesses(modes: Sequence[Start]) -> list[Tensor]:
