@@ -8,7 +8,9 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pyro
@@ -44,6 +46,8 @@ def pytest_configure(config):
     if not hasattr(sys, "flowvi_has_no_network"):  # a hook stays for good
         sys.addaudithook(_no_network)
         sys.flowvi_has_no_network = True
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     path = config.getoption("slow_report")
     if path and not hasattr(config, "workerinput"):  # the workers' reports reach the first process
         config.pluginmanager.register(SlowReport(Path(path)))
