@@ -125,6 +125,24 @@ class Posterior:
         draws = self._draw(num_samples, self._generator(seed, "sample"))
         return self._constrain((z for z, _ in draws), num_samples)
 
+    def stream(
+        self, num_samples: int, *, chunk_size: int = 16_384, seed: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """The draws of `sample` piece by piece, for more of them than memory holds.
+
+        Args:
+            num_samples: n, over all pieces.
+            chunk_size: Draws in a piece, at most; fewer where D is large.
+            seed: As for `sample`: the pieces joined are what it gives for the same seed.
+
+        Returns:
+            An iterator over pieces, each site name -> draws (s, *shape).
+        """
+        _check_count("num_samples", num_samples, 0)
+        _check_count("chunk_size", chunk_size, 1)
+        draws = self._draw(num_samples, self._generator(seed, "sample"))
+        return (self._constrain([piece], len(piece)) for z, _ in draws for piece in z.split(chunk_size))
+
     def resample(self, num_samples: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draws corrected towards the target by Pareto-smoothed importance resampling.
 
