@@ -1,18 +1,22 @@
 r"""Amortized guides: an encoder gives every data point its own flow, so that local latents scale with the data.
 
-z_n = loc_n + scale_n f_K(...f_1(eps; theta_n)...; theta_n), eps ~ N(0, I): an encoder maps x_n to features, and linear
-maps (or small networks) of these give loc_n, scale_n and the parameters theta_n of all K layers (Rezende & Mohamed
-2015, arXiv:1505.05770, section 4; there the scale comes before the planar layers, which is the same family).
+An encoder maps x_n to features, and these give datum n its flow (`AmortizedFlow`). Global latents g beside the local
+ones have a flow of their own, g = T(eps), and
+
+    q(g, z) = q(g) prod_n q(z_n | x_n, eps),
+
+so that the local flows know the global draw by its noise. That is a posterior's own form, which factorizes over the
+data once g is given. Without eps there the product q(g) prod_n q(z_n | x_n) fits best where q(g) has the spread of g at
+fixed z, which is smaller than that of its posterior.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import pickle
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,102 +27,20 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.infer.autoguide.initialization import InitMessenger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
 
-from flowvi.conditional_flow import Reversal, conditional_factory
-from flowvi.errors import DimensionError, DiscreteLatentError, OptionError, TargetError
+from flowvi.amortized_flow import AmortizedFlow, _layers
+from flowvi.checks import flags, functions, instances
+from flowvi.errors import DimensionError, DiscreteLatentError, FlowVIError, OptionError, TargetError
 from flowvi.flow import Flow
 from flowvi.guides import AutoFlow, _discrete
 from flowvi.local_plate import LocalSite, PlateCall, choose_plate, find_call, local_sites, same_supports
-from flowvi.transforms.base import Conditioned
-from flowvi.transforms.conditional_affine import _LIMIT, _ShiftScale
+from flowvi.transforms.conditional_affine import _LIMIT
 from flowvi.transforms.registry import lookup
-from flowvi.transforms.stack_conditional import (
-    ParameterNetwork,
-    conditional_planar_stack,
-    conditional_radial_stack,
-)
 
 __all__ = ["AmortizedFlow", "AmortizedGuide"]
-
-STACKS: dict[str, Callable[..., Any]] = {"planar": conditional_planar_stack, "radial": conditional_radial_stack}
-"""Flows whose K layers of each datum's own go through one kernel."""
-
-
-class AmortizedFlow(nn.Module):
-    """Features (..., C) of a datum to its flow over R^D; N(0, s^2 I) at the start, for every datum.
-
-    Args:
-        input_dim: D.
-        context_dim: C.
-        flow: a registered name that has a conditional form.
-        num_flows: K; 0 is a Gaussian with a diagonal covariance.
-        hidden: sizes of the hidden layers between the features and all parameters; () is linear.
-        init_scale: s.
-        **options: of the flow's conditional form.
-
-    Raises:
-        OptionError: an argument can't be used, or the flow has no conditional form.
-        UnknownFlowError: the name is not registered.
-
-    Example:
-        >>> import torch
-        >>> from flowvi.amortized import AmortizedFlow
-        >>> q = AmortizedFlow(2, context_dim=8, num_flows=4)
-        >>> q(torch.randn(100, 8)).rsample().shape
-        torch.Size([100, 2])
-    """
-
-    def __init__(
-        self,
-        input_dim: int,
-        context_dim: int,
-        flow: str = "planar",
-        num_flows: int = 16,
-        *,
-        hidden: Sequence[int] = (),
-        init_scale: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        self.input_dim, self.context_dim = input_dim, context_dim
-        raw = _LIMIT * math.atanh(math.log(init_scale) / _LIMIT)
-        self.base = ParameterNetwork(context_dim, hidden, [torch.zeros(input_dim), torch.full((input_dim,), raw)])
-        self.layers = nn.ModuleList(_layers(flow, input_dim, context_dim, num_flows, tuple(hidden), options))
-
-    def forward(self, context: Tensor) -> Flow:
-        """The flows at features (..., C): batch shape (...), event shape (D,)."""
-        loc, raw = self.base(context)
-        layers: Any = self.layers
-        at = [layer if isinstance(layer, Reversal) else layer.condition(context) for layer in layers]
-        zero = torch.zeros((), dtype=loc.dtype, device=loc.device)
-        base = dist.Normal(zero, zero + 1, validate_args=False).expand(loc.shape).to_event(1)
-        return Flow(base, [*at, Conditioned(_ShiftScale, (loc, raw))], validate_args=False)
-
-
-def _layers(
-    flow: str, input_dim: int, context_dim: int, num_flows: int, hidden: tuple[int, ...], options: dict[str, Any]
-) -> list[nn.Module]:
-    if num_flows == 0:
-        return []
-    try:
-        if flow in STACKS:
-            return [STACKS[flow](input_dim, context_dim, num_flows, **({"hidden_dims": hidden} | options))]
-        make = conditional_factory(flow)
-        accepted = inspect.signature(make).parameters
-        if "hidden_dims" in accepted:
-            options = {"hidden_dims": hidden or (64,)} | options
-        if "num_flows" in accepted:
-            return [make(input_dim, context_dim, num_flows=num_flows, **options)]
-        layers: list[nn.Module] = []
-        for k in range(num_flows):
-            if k and input_dim > 1:  # coupling and autoregressive layers treat the coordinates unequally
-                layers.append(Reversal(input_dim))
-            layers.append(make(input_dim, context_dim, **options))
-    except TypeError as e:
-        raise OptionError(f"an amortized {flow} can't be built with options {options}: {e}") from e
-    return layers
 
 
 class AmortizedGuide(AutoGuide):
@@ -141,7 +63,10 @@ class AmortizedGuide(AutoGuide):
         hidden: sizes of the hidden layers between the features and the flow's parameters; () is linear.
         init_scale: the standard deviation at the start.
         init_loc_fn: per-site initialization of the global latents.
-        global_flow: keywords of `AutoFlow` for the global latents.
+        global_flow: keywords of `AutoFlow` for the global latents; by default ``{"num_flows": 0}``, a Gaussian with
+            all correlations, since layers on top learn slowly from the noise of minibatches.
+        coupled: whether the local flows are given the noise of the global draw beside the encoder's features. Without
+            it the sds of global latents come out too small, as if the local ones were known.
         **options: of the flow's conditional form.
 
     Raises:
@@ -175,10 +100,18 @@ class AmortizedGuide(AutoGuide):
         init_scale: float = 1.0,
         init_loc_fn: Callable[[dict[str, Any]], Tensor] = init_to_median,
         global_flow: dict[str, Any] | None = None,
+        coupled: bool = True,
         **options: Any,
     ) -> None:
         if not callable(encoder):
             raise OptionError(f"encoder must be callable, data (n, ...) to features (n, C), not {encoder!r}.")
+        functions(model=model, init_loc_fn=init_loc_fn)
+        if inputs is not None:
+            functions(inputs=inputs)
+        instances(str, type(None), plate=plate)
+        instances(list, tuple, hidden=hidden)
+        instances(Mapping, type(None), global_flow=global_flow)
+        flags(coupled=coupled)
         if not isinstance(flow, str):
             raise OptionError(f"flow must be the name of a registered flow, not {flow!r}.")
         if not isinstance(num_flows, int) or isinstance(num_flows, bool) or num_flows < 0:
@@ -192,7 +125,7 @@ class AmortizedGuide(AutoGuide):
         self.encoder = encoder
         self.flow_name, self.num_flows, self.plate_name, self.inputs = flow, num_flows, plate, inputs
         self.hidden, self.init_scale, self.init_loc_fn = tuple(hidden), float(init_scale), init_loc_fn
-        self.global_flow, self.options = dict(global_flow or {}), options
+        self.global_flow, self.coupled, self.options = dict(global_flow or {"num_flows": 0}), bool(coupled), options
         self.plates: dict[str, Any] = {}
 
     # Set up, at the first call.
@@ -202,7 +135,13 @@ class AmortizedGuide(AutoGuide):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.rand(skip)
             model = poutine.block(InitMessenger(self.init_loc_fn)(self.model), self._prototype_hide_fn)
-            return poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+            try:
+                return poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+            except FlowVIError:
+                raise
+            except Exception as error:  # the model is the user's, and so is what it may raise
+                name = getattr(self.model, "__name__", type(self.model).__name__)
+                raise TargetError(f"the model {name} failed with {type(error).__name__}: {error}") from error
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         trace = self._trace_model(args, kwargs)
@@ -225,19 +164,21 @@ class AmortizedGuide(AutoGuide):
         index = torch.arange(call.subsample_size) if call.subsample is None else call.subsample
         with torch.no_grad():
             features = self._features(call, index, args, kwargs)
+        self.has_globals = bool(others)
+        self.coupled = self.coupled and self.has_globals
+        if others:
+            part = poutine.block(self.model, expose=others)
+            self.globals = AutoFlow(part, init_loc_fn=self.init_loc_fn, **self.global_flow)
+            self.globals._setup_prototype(*args, **kwargs)
         self.local = AmortizedFlow(
             sum(s.numel for s in sites),
-            features.shape[-1],
+            features.shape[-1] + (self.globals.latent_dim if self.coupled else 0),
             self.flow_name,
             self.num_flows,
             hidden=self.hidden,
             init_scale=self.init_scale,
             **self.options,
         ).to(features)
-        if others:
-            part = poutine.block(self.model, expose=others)
-            self.globals = AutoFlow(part, init_loc_fn=self.init_loc_fn, **self.global_flow)
-        self.has_globals = bool(others)
         self.prototype_trace = trace
 
     def _check_prototype(self, part_trace: Any) -> None:
@@ -286,7 +227,15 @@ class AmortizedGuide(AutoGuide):
                     f"the encoder's data has {len(x)} rows, but plate {self.frame.name!r} holds {n} of {call.size}: "
                     f"its first dimension must be one of the two (or say by inputs= where the data is)."
                 )
-        features = self.encoder(*rows)
+        try:
+            features = self.encoder(*rows)
+        except FlowVIError:
+            raise
+        except Exception as error:  # the encoder is the user's, and so is what it may raise
+            raise TargetError(
+                f"the encoder failed on data of shape {', '.join(str(tuple(x.shape)) for x in rows)} with "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != n:
             what = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise DimensionError(f"the encoder must give features (n, C) for n = {n} data points, not {what}.")
@@ -311,6 +260,11 @@ class AmortizedGuide(AutoGuide):
         features = self._features(PlateCall(n, n, None), torch.arange(n, device=data[0].device), args, kwargs)
         return features.reshape(n, *(1,) * (-self.frame.dim - 1), -1)
 
+    @property
+    def global_sites(self) -> list[str]:
+        """The latent sites outside the plate; known after the first call."""
+        return [name for name, _ in self.globals.prototype_trace.iter_stochastic_nodes()] if self.has_globals else []
+
     def unpack(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The local sites of unconstrained rows.
 
@@ -320,42 +274,90 @@ class AmortizedGuide(AutoGuide):
         Returns:
             Site -> value, and the sum of all log|det d value/dz|.
         """
-        values, log_det = {}, z.new_zeros(())
-        for site, part in zip(self.sites, z.split([s.numel for s in self.sites], -1), strict=True):
-            to_x = biject_to(site.support)
-            u = site.spread(part, self.frame.dim)
-            values[site.name] = x = to_x(u)
-            if x is not u:
-                log_det = log_det + to_x.log_abs_det_jacobian(u, x).sum()
-        return values, log_det
+        parts = zip(self.sites, z.split([s.numel for s in self.sites], -1), strict=True)
+        return _constrained((s.name, s.support, s.spread(part, self.frame.dim)) for s, part in parts)
 
-    def posterior(self, features: Tensor) -> Flow:
-        """q(z_n | x_n) over the unconstrained local latents.
+    def unpack_globals(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The global sites of unconstrained rows.
 
         Args:
-            features: (n, C), what the encoder gives.
+            z: (*particles, 1, ..., G), a draw of `globals`, with a 1 for every plate dimension.
 
         Returns:
-            The flows, of batch shape (n,) and event shape (D,).
+            Site -> value, and the sum of all log|det d value/dz|.
         """
-        return self.local(features)
+        return _constrained((s["name"], s["fn"].support, u) for s, u in self.globals._unpack_latent(z))
+
+    def pack_globals(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What `unpack_globals` undoes.
+
+        Args:
+            values: site -> value, (*batch, *shape), of every global site; other entries are ignored.
+
+        Returns:
+            z (*batch, G) and log|det d value/dz| (*batch).
+
+        Raises:
+            OptionError: a global site is missing.
+        """
+        sites = dict(self.globals.prototype_trace.iter_stochastic_nodes())
+        if missing := [name for name in sites if name not in values]:
+            raise OptionError(f"there is no value of {missing}: give one of every global site, {list(sites)}.")
+        parts, log_dets = [], []
+        for name, site in sites.items():
+            to_x, x = biject_to(site["fn"].support), torch.as_tensor(values[name])
+            batch = x.shape[: x.dim() - site["value"].dim()]
+            u = to_x.inv(x)
+            parts.append(u.reshape(*batch, -1))
+            log_dets.append(to_x.log_abs_det_jacobian(u, x).reshape(*batch, -1).sum(-1))
+        return torch.cat(parts, -1), torch.stack(log_dets).sum(0)
+
+    def posterior(self, features: Tensor, noise: Tensor | None = None) -> Flow:
+        """q(z_n | x_n) over the unconstrained local latents; q(z_n | x_n, g) where the guide is `coupled`.
+
+        Args:
+            features: (n, 1, ..., C), what `encode` gives.
+            noise: (..., G), the base point of the global draw, with batch dimensions to broadcast against those of the
+                features; needed where the guide is coupled to global latents, and else ignored.
+
+        Returns:
+            The flows, of batch shape (n, 1, ...), with the noise's in front, and event shape (D,).
+
+        Raises:
+            OptionError: the noise is missing.
+        """
+        if not self.coupled:
+            return self.local(features)
+        if noise is None:
+            raise OptionError("the local flows depend on the global latents: give the noise of a global draw.")
+        batch = torch.broadcast_shapes(features.shape[:-1], noise.shape[:-1])
+        return self.local(torch.cat([a.expand(*batch, a.shape[-1]) for a in (features, noise.to(features))], -1))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """One draw of every latent site, those of the plate for this call's data: site -> value."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        result = dict(self.globals(*args, **kwargs)) if self.has_globals else {}
+        result, noise = self._forward_globals(args, kwargs) if self.has_globals else ({}, None)
         dim = self.frame.dim
         with plates[self.frame.name] as index:
             features = self._features(self._call, index, args, kwargs)
             context = features.reshape(len(features), *(1,) * (-dim - 1), -1)
-            q = self.posterior(context)
+            q = self.posterior(context, noise)
             z = pyro.sample(f"_{self._pyro_name}_local", q, infer={"is_auxiliary": True})
         parts = z.split([s.numel for s in self.sites], -1)
         for site, part in zip(self.sites, parts, strict=True):
             result[site.name] = self._sample(site, site.spread(part, dim))
         return result
+
+    def _forward_globals(self, args: Any, kwargs: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The global sites' draws, and the noise that they came from."""
+        with poutine.trace() as tracer:
+            result = dict(self.globals(*args, **kwargs))
+        if not self.coupled:
+            return result, None
+        latent = tracer.trace.nodes[f"_{self.globals._pyro_name}_latent"]
+        return result, latent["fn"]._base_point(latent["value"])
 
     def _sample(self, site: LocalSite, u: Tensor) -> Tensor:
         to_x = biject_to(site.support)
@@ -388,3 +390,15 @@ class AmortizedGuide(AutoGuide):
         if self.__dict__.get("has_globals"):
             twin.globals._update_master(weakref.ref(twin))
         return twin
+
+
+def _constrained(parts: Iterable[tuple[str, Constraint, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Site -> value, of sites with their supports and unconstrained values, and the sum of all log|det dx/du|."""
+    values: dict[str, Tensor] = {}
+    log_det = torch.zeros(())
+    for name, support, u in parts:
+        to_x = biject_to(support)
+        values[name] = x = to_x(u)
+        if x is not u:
+            log_det = log_det + to_x.log_abs_det_jacobian(u, x).sum()
+    return values, log_det

@@ -10,15 +10,18 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from flowvi._version import __version__
 from flowvi.amortized import AmortizedGuide
+from flowvi.checks import as_path, as_seed, functions, whole_numbers
 from flowvi.density_fit import MeanLogProb
 from flowvi.errors import FileFormatError, OptionError
 from flowvi.files import AMORTIZED, plain, read, write
 from flowvi.flow import Flow
 from flowvi.likelihood import LogLikelihood, log_likelihood
+from flowvi.local_plate import PlateOf
 
 __all__ = ["AmortizedFit", "AmortizedHistory"]
 
@@ -106,6 +109,7 @@ class AmortizedFit:
 
     @contextmanager
     def _evaluation(self, seed: int | None) -> Iterator[None]:
+        seed = as_seed(seed)
         if seed is None:
             seed = int(torch.randint(2**62, (), generator=self._stream))
         devices = [p.device for p in self._parameters[:1] if p.device.type == "cuda"]
@@ -123,13 +127,23 @@ class AmortizedFit:
             **kwargs: likewise.
 
         Returns:
-            Mean and standard error, nats.
-
-        Raises:
-            TargetError: the model has latents outside the data's plate.
+            Mean and standard error, nats. With global latents beside the local ones, the ELBO of these rows as all
+            the data there is, by their number, ± the standard error of its estimate.
         """
+        whole_numbers(num_samples=num_samples)
+        if self.guide.has_globals:
+            return self._whole_elbo(args, kwargs, num_samples, seed)
         found = self.log_likelihood(*args, num_importance_samples=num_samples, seed=seed, **kwargs).elbos
         return MeanLogProb(float(found.mean()), float(found.std() / len(found) ** 0.5) if len(found) > 1 else 0.0)
+
+    def _whole_elbo(self, args: Any, kwargs: Any, num_samples: int, seed: int | None) -> MeanLogProb:
+        num = len(self.guide._data(args, kwargs)[0])
+        loss = Trace_ELBO()
+        with self._evaluation(seed), pyro.validation_enabled(False):
+            plates = PlateOf(num, self.guide.frame.name)
+            model, guide = plates(self.model), plates(self.guide)
+            found = torch.tensor([-loss.loss(model, guide, *args, **kwargs) / num for _ in range(num_samples)])
+        return MeanLogProb(float(found.mean()), float(found.std() / num_samples**0.5) if num_samples > 1 else 0.0)
 
     def log_likelihood(
         self,
@@ -175,12 +189,35 @@ class AmortizedFit:
 
         Returns:
             The flows, of batch shape (n, ...) and event shape (D,), without a graph to the parameters.
+
+        Raises:
+            OptionError: the flows depend on a draw of global latents; `sample` draws both, and `global_posterior()` is
+                the flow of those.
         """
+        if self.guide.coupled:
+            raise OptionError(
+                "the flow of each data point depends on the draw of the global latents: use sample(), which draws "
+                "both, or global_posterior(), the flow of the global ones."
+            )
         with self.parameters_in_place(), torch.no_grad():
             return self.guide.posterior(self.guide.encode(*args, **kwargs))
 
+    def global_posterior(self) -> Flow:
+        """Q of the unconstrained latents outside the data's plate.
+
+        Returns:
+            The flow, of event shape (G,), without a graph to the parameters.
+
+        Raises:
+            OptionError: the model has none.
+        """
+        if not self.guide.has_globals:
+            raise OptionError("all latents of the model are in the data's plate: use posterior().")
+        with self.parameters_in_place(), torch.no_grad():
+            return self.guide.globals.get_posterior()
+
     def sample(self, *args: Any, num_samples: int = 1, seed: int | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws of the local latents of each data point.
+        """Joint draws of the local latents of each data point, and of the global ones.
 
         Args:
             *args: the data, as the model takes it.
@@ -189,15 +226,24 @@ class AmortizedFit:
             **kwargs: likewise.
 
         Returns:
-            Site -> (S, n, *event), each on its own support.
+            Site -> (S, n, *event), and (S, *shape) of global sites, each on its own support.
 
         Raises:
             OptionError: num_samples is not a non-negative integer.
         """
-        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
-            raise OptionError(f"num_samples must be a non-negative integer, not {num_samples!r}.")
+        whole_numbers(num_samples=num_samples)
         with self._evaluation(seed):
-            return self.guide.unpack(self.posterior(*args, **kwargs).rsample((num_samples,)))[0]
+            guide = self.guide
+            features = guide.encode(*args, **kwargs)
+            if not guide.has_globals:
+                return guide.unpack(guide.posterior(features).rsample((num_samples,)))[0]
+            g = guide.globals.get_posterior().rsample((num_samples,))
+            found = guide.unpack_globals(g)[0]
+            if not guide.coupled:
+                return found | guide.unpack(guide.posterior(features).rsample((num_samples,)))[0]
+            noise = guide.globals.get_posterior()._base_point(g)
+            noise = noise.reshape(num_samples, *(1,) * (features.dim() - 1), -1)
+            return found | guide.unpack(guide.posterior(features, noise).rsample())[0]
 
     def save(self, path: str | Path) -> None:
         """Writes what was learnt to a file of plain data; the model and the encoder are code, and not in it.
@@ -214,7 +260,7 @@ class AmortizedFit:
             "history": {f.name: getattr(self.history, f.name) for f in fields(self.history)},
             "seed": self.seed,
         }
-        write(Path(path), plain(content, otherwise=str), AMORTIZED)
+        write(as_path("path", path), plain(content, otherwise=str), AMORTIZED)
 
     @classmethod
     def load(
@@ -236,7 +282,8 @@ class AmortizedFit:
         """
         from flowvi.fit.amortized_step import learnt_parameters
 
-        content = read(Path(path), AMORTIZED)
+        functions(model=model, encoder=encoder)
+        content = read(as_path("path", path), AMORTIZED)
         try:
             config = content["config"]
             example = tuple(content["example"]["args"]), dict(content["example"]["kwargs"])
@@ -250,7 +297,7 @@ class AmortizedFit:
                     if mine.shape != saved.shape:
                         raise ValueError(f"weights of shape {tuple(saved.shape)} where {tuple(mine.shape)} is due")
                     mine.copy_(saved)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # model and encoder are the user's, and so is what they may raise
             raise FileFormatError(
                 f"{path} doesn't fit this model and encoder ({error}): give those that it was fitted with."
             ) from error

@@ -26,7 +26,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowvi.calibration import Calibration
-from flowvi.checks import positive_integers
+from flowvi.checks import (
+    as_device,
+    as_seed,
+    flags,
+    flags_or_none,
+    float_or_double,
+    functions,
+    is_number,
+    keywords,
+    lists_of_names,
+    positive_integers,
+    shown,
+)
 from flowvi.errors import (
     DimensionError,
     DiscreteLatentError,
@@ -134,8 +146,18 @@ def sbc(
         (('mu', 'log_likelihood'), (10, 2))
     """
     positive_integers(num_simulations=num_simulations, num_draws=num_draws, workers=workers)
-    if not (isinstance(alpha, int | float) and 0 < alpha < 1):
-        raise OptionError(f"alpha must be a probability between 0 and 1, not {alpha!r}.")
+    if not (is_number(alpha) and 0 < alpha < 1):
+        raise OptionError(f"alpha must be a probability between 0 and 1, not {shown(alpha)}.")
+    flags(log_likelihood=log_likelihood, resample=resample, hmc=hmc)
+    flags_or_none(progress=progress)
+    seed = as_seed(seed)
+    keywords(kwargs=kwargs)
+    float_or_double(dtype)
+    device = as_device(device)
+    if quantities is not None:
+        functions(quantities=quantities)
+    if observed is not None and not isinstance(observed, str):  # which has a message of its own
+        lists_of_names(observed=observed)
     wrong = sorted(set(options) & set(_SET_HERE))
     if wrong or (fit is not None and options):
         raise OptionError(
@@ -258,6 +280,8 @@ class _Task:
             more["log_likelihood"] = (_log_likelihood(density, truth), _log_likelihood(density, draws))
         if self.quantities is not None:
             own, others = self.quantities(truth, data), self.quantities(draws, data)
+            if not isinstance(own, Mapping):
+                raise OptionError(f"quantities must give a dict, name -> (n, ...), not {shown(own)}.")
             more |= {name: (torch.as_tensor(own[name]), torch.as_tensor(others[name])) for name in own}
         names, ranks, tied = [], [], []
         for name, (one, many) in ({name: (truth[name], draws[name]) for name in truth} | more).items():

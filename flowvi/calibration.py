@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from flowvi._version import __version__
+from flowvi.checks import lists_of_names, one_of
 from flowvi.errors import OptionError
 from flowvi.inference_data import find_arviz
 
@@ -209,8 +210,9 @@ class Calibration:
         """
         from flowvi.plotting import MAX_MARGINALS, SKY, VERMILION, _ink, _panels
 
-        if kind not in ("ecdf", "hist"):
-            raise OptionError(f"kind must be 'ecdf' or 'hist', not {kind!r}.")
+        one_of(("ecdf", "hist"), kind=kind)
+        if names is not None:
+            lists_of_names(names=names)
         unknown = [name for name in names or () if name not in self.names]
         if unknown:
             raise OptionError(f"no quantity is named {', '.join(unknown)}: there are {', '.join(self.names)}.")
@@ -251,8 +253,8 @@ class Calibration:
         Raises:
             OptionError: An unknown kind, or one that the installed packages don't have.
         """
-        if kind not in (None, "inference_data", "datatree"):
-            raise OptionError(f"kind must be inference_data, datatree or None, got {kind!r}.")
+        if kind is not None:
+            one_of(("inference_data", "datatree"), kind=kind)
         kind, module = find_arviz(kind)
         values = {name: self.pit[None, :, i] for i, name in enumerate(self.names)}
         attrs = {

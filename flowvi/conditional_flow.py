@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowvi import transforms
-from flowvi.errors import DimensionError, OptionError
+from flowvi.errors import DimensionError, FlowVIError, OptionError
 from flowvi.flow import Flow, FlowSpec
 from flowvi.transforms.affine import Affine
 from flowvi.transforms.base import Transform
@@ -67,8 +67,10 @@ class ConditionalFlow(nn.Module):
         make = factory or conditional_factory(spec.name)
         try:
             layers = _build(make, spec, context_dim)
-        except TypeError as e:
-            raise OptionError(f"conditional {spec.name} can't be built with options {dict(spec.options)}: {e}") from e
+        except FlowVIError:
+            raise
+        except Exception as e:  # the factory is the user's, and so is what it may raise
+            raise OptionError(f"conditional {spec.name} can't be built with options {dict(spec.options)}: {e!r}") from e
         for layer in layers:
             if not (isinstance(layer, Reversal) or callable(getattr(layer, "condition", None))):
                 raise OptionError(
@@ -113,7 +115,7 @@ class ConditionalFlow(nn.Module):
             )
         context = (context - self.context_loc) / self.context_scale
         one = self.affine.loc.new_ones(())
-        base = dist.Normal(0 * one, one).expand([*context.shape[:-1], self.dim]).to_event(1)
+        base = dist.Normal(0 * one, one, validate_args=False).expand([*context.shape[:-1], self.dim]).to_event(1)
         layers: Any = self.layers
         at = [layer if isinstance(layer, Reversal) else layer.condition(context) for layer in layers]
         return Flow(base, [*at, self.affine])

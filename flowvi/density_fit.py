@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowvi.checks import as_seed, as_tensor, whole_numbers
 from flowvi.conditional_flow import ConditionalFlow, flow_at
 from flowvi.errors import DimensionError, OptionError
 from flowvi.flow import Flow
@@ -117,8 +118,8 @@ class DensityFit:
             OptionError: n is not a non-negative integer, or a context is missing or too many.
             DimensionError: the context's last dimension is not C.
         """
-        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
-            raise OptionError(f"num_samples must be a non-negative integer, not {num_samples!r}.")
+        whole_numbers(num_samples=num_samples)
+        seed = as_seed(seed)
         generator = self._stream
         if seed is not None:
             generator = torch.Generator(self.flow.device).manual_seed(seed)
@@ -144,9 +145,9 @@ class DensityFit:
 
         Raises:
             DimensionError: a shape doesn't fit.
-            OptionError: a context is missing or too many.
+            OptionError: a context is missing or too many, or an argument is no tensor of numbers.
         """
-        x = torch.as_tensor(x, dtype=self.flow.dtype, device=self.flow.device)
+        x = as_tensor("x", x, self.flow.dtype, self.flow.device)
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise DimensionError(
                 f"x has shape {tuple(x.shape)}; its last dimension must be the data's, D = {self.dim}."
@@ -209,7 +210,7 @@ class DensityFit:
             raise OptionError(f"this density {said}.")
         if context is None:
             return None
-        context = torch.as_tensor(context, dtype=self.flow.dtype, device=self.flow.device)
+        context = as_tensor("context", context, self.flow.dtype, self.flow.device)
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise DimensionError(
                 f"context has shape {tuple(context.shape)}; its last dimension must be C = {self.context_dim}."

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from flowvi._version import __version__
+from flowvi.checks import as_path
 from flowvi.density_fit import DensityFit, DensityHistory
 from flowvi.errors import FileFormatError
 from flowvi.files import DENSITY, DTYPES, plain, read, write
@@ -39,7 +40,7 @@ def save_density(fit: DensityFit, path: str | Path) -> None:
         "held_out": fit.held_out,
         "seed": fit.seed,
     }
-    write(Path(path), plain(content, otherwise=str), DENSITY)
+    write(as_path("path", path), plain(content, otherwise=str), DENSITY)
 
 
 def load_density(path: str | Path) -> DensityFit:
@@ -56,7 +57,7 @@ def load_density(path: str | Path) -> DensityFit:
         UnknownFlowError: The flow is one that was registered when the file was written, and isn't now.
         OptionError: The same for a flow that is registered as something else now.
     """
-    content = read(Path(path), DENSITY)
+    content = read(as_path("path", path), DENSITY)
     try:
         spec = FlowSpec.from_dict(content["spec"])
         history = DensityHistory(**content["history"])

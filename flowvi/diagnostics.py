@@ -28,16 +28,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flowvi.errors import DimensionError
+from flowvi.checks import as_array, finite_numbers, functions, instances, positive_integers, shown
+from flowvi.errors import DimensionError, OptionError
 from flowvi.psis import MIN_DRAWS, khat_limit, psis
-
-if TYPE_CHECKING:
-    from flowvi.short_run import ShortRun
+from flowvi.short_run import ShortRun
 
 __all__ = [
     "ESS_LIMIT",
@@ -145,11 +144,13 @@ def gap_limit(dim: int) -> float:
     Returns:
         The limit in nats.
     """
+    positive_integers(dim=dim)
     return min(0.05 + 0.01 * dim, 0.7)
 
 
 def j_limit(dim: int) -> float:
     """The largest symmetric KL in nats to call small: min(0.3 + 0.01 D, 1.2); as `gap_limit`, for both directions."""
+    positive_integers(dim=dim)
     return min(0.3 + 0.01 * dim, 1.2)
 
 
@@ -193,9 +194,20 @@ def judge(
 
     Raises:
         DimensionError: The arrays differ in shape, or hold fewer than 100 draws.
+        OptionError: An argument is of another kind.
     """
-    log_p = np.asarray(log_p, dtype=np.float64)
-    log_q = np.asarray(log_q, dtype=np.float64)
+    positive_integers(dim=dim)
+    functions(name=name)
+    if log_normalizer is not None:
+        finite_numbers(log_normalizer=log_normalizer)
+    instances(ShortRun, type(None), moved=moved)
+    if starts_evidence is not None and not (
+        isinstance(starts_evidence, tuple)
+        and len(starts_evidence) == 2
+        and all(isinstance(value, float) for value in starts_evidence)
+    ):
+        raise OptionError(f"starts_evidence must be a log evidence and its error, not {shown(starts_evidence)}.")
+    log_p, log_q = as_array("log_p", log_p), as_array("log_q", log_q)
     if log_p.shape != log_q.shape or log_p.ndim != 1 or log_p.size < MIN_DRAWS:
         raise DimensionError(
             f"log_p and log_q must both have shape (S,) with S >= {MIN_DRAWS}, got {log_p.shape} and {log_q.shape}."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flowvi._version import __version__
-from flowvi.errors import FileFormatError
+from flowvi.errors import FileFormatError, OptionError
 
 
 class Kind(NamedTuple):
@@ -58,6 +58,8 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
 def write(path: Path, content: dict[str, Any], kind: Kind = POSTERIOR) -> None:
     """Writes beside the file and then replaces it, so that a crash leaves the old file whole."""
+    if not path.name:
+        raise OptionError(f"path must name a file, and {str(path)!r} is a folder.")
     header = {"format": kind.format, "version": kind.version, "digest": digest(content)}
     memory = io.BytesIO()  # straight to a full disk, torch.save has another error than OSError
     torch.save(header | content, memory)

@@ -16,8 +16,20 @@ from pyro.distributions.torch import TransformedDistribution
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform as TorchTransform
 
-from flowvi.errors import DimensionError, OptionError
-from flowvi.transforms.affine import Affine
+from flowvi.checks import (
+    as_device,
+    as_shape,
+    as_tensor,
+    flags_or_none,
+    floating,
+    instances,
+    one_of,
+    positive_integers,
+    shown,
+    whole_numbers,
+)
+from flowvi.errors import DimensionError, NonFiniteError, OptionError
+from flowvi.transforms.affine import AFFINE_KINDS, Affine
 from flowvi.transforms.base import InvertibleMap
 from flowvi.transforms.registry import build
 
@@ -37,6 +49,9 @@ class FlowSpec:
         num_flows: K, the number of layers; 0 leaves the affine layer alone.
         base: the affine layer after the K layers: "diag", "low_rank" or "full".
         options: what the flow's factory takes.
+
+    Raises:
+        OptionError: an attribute can't be used.
     """
 
     name: str
@@ -44,6 +59,14 @@ class FlowSpec:
     num_flows: int
     base: str = "full"
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise OptionError(f"name must be that of a registered flow, not {shown(self.name)}.")
+        positive_integers(dim=self.dim)
+        whole_numbers(num_flows=self.num_flows)
+        one_of(AFFINE_KINDS, base=self.base)
+        instances(Mapping, options=self.options)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as a dictionary of plain data."""
@@ -58,8 +81,14 @@ class FlowSpec:
 
         Returns:
             An equal spec.
+
+        Raises:
+            OptionError: it is not what `to_dict` gave.
         """
-        return cls(**data)
+        try:
+            return cls(**data)
+        except TypeError as e:
+            raise OptionError(f"data must be what FlowSpec.to_dict() gave, not {shown(data)}.") from e
 
 
 class Flow(TransformedDistribution):
@@ -73,6 +102,7 @@ class Flow(TransformedDistribution):
         spec: how the flow was built, so that it can be saved; `from_spec` gives it.
 
     Raises:
+        OptionError: an argument can't be used.
         DimensionError: base and transforms don't agree on D.
 
     Example:
@@ -94,7 +124,13 @@ class Flow(TransformedDistribution):
         validate_args: bool | None = None,
         spec: FlowSpec | None = None,
     ) -> None:
-        transforms = [transforms] if isinstance(transforms, TorchTransform) else list(transforms)
+        flags_or_none(validate_args=validate_args)
+        instances(FlowSpec, type(None), spec=spec)
+        if isinstance(transforms, TorchTransform):
+            transforms = [transforms]
+        elif not isinstance(transforms, Sequence) or not all(isinstance(t, TorchTransform) for t in transforms):
+            raise OptionError(f"transforms must be transforms of R^D, or a list of them, not {shown(transforms)}.")
+        transforms = list(transforms)
         self.module = nn.ModuleList([t for t in transforms if isinstance(t, nn.Module)])
         self.spec = spec
         super().__init__(_as_base(base, self.module), transforms, validate_args=validate_args)
@@ -125,11 +161,16 @@ class Flow(TransformedDistribution):
 
         Raises:
             UnknownFlowError: ``spec.name`` is not registered.
+            OptionError: an argument can't be used.
+            DimensionError: loc or scale has another shape.
         """
-        layers = build(factory or spec.name, spec.dim, spec.num_flows, **dict(spec.options))
+        instances(FlowSpec, spec=spec)
+        floating(dtype)
+        layers = build(spec.name if factory is None else factory, spec.dim, spec.num_flows, **dict(spec.options))
         dtype = dtype or torch.get_default_dtype()
-        loc = torch.as_tensor(loc, dtype=dtype)
-        layers.append(Affine(spec.dim, spec.base, loc=loc, scale=torch.as_tensor(scale, dtype=dtype)))
+        loc = as_tensor("loc", loc, dtype)
+        layers.append(Affine(spec.dim, spec.base, loc=loc, scale=as_tensor("scale", scale, dtype)))
+        device = as_device(device)
         for layer in layers:
             if isinstance(layer, nn.Module):
                 layer.to(device=device, dtype=dtype)
@@ -154,7 +195,7 @@ class Flow(TransformedDistribution):
 
     def rsample(self, sample_shape: torch.Size | Sequence[int] = ()) -> Tensor:
         """Z of shape (*sample_shape, *batch_shape, D), with its graph."""
-        x = z = self.base_dist.rsample(torch.Size(sample_shape))
+        x = z = self.base_dist.rsample(as_shape("sample_shape", sample_shape))
         for t in self.transforms:
             z = t(z)
         self._drawn = weakref.ref(z), x.detach(), self._version()
@@ -180,6 +221,8 @@ class Flow(TransformedDistribution):
         base = self.base_dist
         if generator is None:
             return base.rsample(shape)
+        if not isinstance(generator, torch.Generator):
+            raise OptionError(f"generator must be a torch.Generator or None, not {shown(generator)}.")
         inner = _innermost(base)
         if isinstance(inner, torch.distributions.Normal):
             eps = torch.randn(
@@ -193,10 +236,19 @@ class Flow(TransformedDistribution):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             return base.rsample(shape)
 
+    def _base_rows(self, num_samples: int, generator: torch.Generator | None, rows: slice) -> Tensor:
+        whole_numbers(num_samples=num_samples)
+        if not isinstance(rows, slice):
+            raise OptionError(f"rows must be a slice of the draws, not {shown(rows)}.")
+        return self._base_rsample(torch.Size([num_samples]), generator)[rows]
+
+    def _base_log_prob(self, x: Tensor) -> Tensor:
+        return self.base_dist.log_prob(x) if x.numel() else x.sum(-1)  # torch's own refuse no points
+
     def _base_score(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.base_dist.log_prob(x).sum(), x)[0]
+            return torch.autograd.grad(self._base_log_prob(x).sum(), x)[0]
 
     def rsample_and_log_prob(
         self, num_samples: int, *, generator: torch.Generator | None = None, rows: slice = slice(None)
@@ -210,9 +262,12 @@ class Flow(TransformedDistribution):
 
         Returns:
             z (S, D) and log q(z) (S,), both with their graph.
+
+        Raises:
+            OptionError: an argument can't be used.
         """
-        x = self._base_rsample(torch.Size([num_samples]), generator)[rows]
-        log_q = self.base_dist.log_prob(x)
+        x = self._base_rows(num_samples, generator, rows)
+        log_q = self._base_log_prob(x)
         for t in self.transforms:
             x, log_det = _forward(t, x)
             log_q = log_q - log_det
@@ -235,11 +290,11 @@ class Flow(TransformedDistribution):
             z (S, D), log q(z) (S,), both with their graph, and d log q(z)/dz (S, D) without one.
 
         Raises:
-            OptionError: a transform has no path score; `has_path_score` tells beforehand.
+            OptionError: a transform has no path score; `has_path_score` tells beforehand. Or an argument can't be used.
         """
         self._require_path_score()
-        x = self._base_rsample(torch.Size([num_samples]), generator)[rows]
-        log_q, score = self.base_dist.log_prob(x), self._base_score(x)
+        x = self._base_rows(num_samples, generator, rows)
+        log_q, score = self._base_log_prob(x), self._base_score(x)
         for t in self.transforms:
             x, log_det, score = t.forward_with_score(x, score)
             log_q = log_q - log_det
@@ -276,20 +331,27 @@ class Flow(TransformedDistribution):
             (...).
 
         Raises:
+            OptionError: it is not a tensor.
             DimensionError: the last dimension is not D.
+            NonFiniteError: it is not finite, with validate_args.
         """
+        self._check_value(value)
+        if self._validate_args and not value.isfinite().all():
+            raise NonFiniteError("the value has NaN or infinities, and this flow checks its values (validate_args).")
+        log_q: Tensor | float = 0.0
+        for t in reversed(self.transforms):
+            value, log_det = _inverse(t, value)
+            log_q = log_q + log_det
+        return self._base_log_prob(value) + log_q
+
+    def _check_value(self, value: Tensor) -> None:
+        if not isinstance(value, Tensor):
+            raise OptionError(f"a flow takes values as a tensor of shape (..., {self.dim}), not {shown(value)}.")
         if value.dim() == 0 or value.shape[-1] != self.dim:
             raise DimensionError(
                 f"this flow lives on R^D with D = {self.dim}, but the value has shape {tuple(value.shape)}: "
                 f"its last dimension must be {self.dim}."
             )
-        if self._validate_args:
-            self._validate_sample(value)
-        log_q: Tensor | float = 0.0
-        for t in reversed(self.transforms):
-            value, log_det = _inverse(t, value)
-            log_q = log_q + log_det
-        return self.base_dist.log_prob(value) + log_q
 
     def _log_prob_by_inverses(self, value: Tensor) -> Tensor:
         try:
@@ -313,8 +375,10 @@ class Flow(TransformedDistribution):
             (..., D), without a graph.
 
         Raises:
-            OptionError: a transform has neither a path score nor an inverse.
+            OptionError: a transform has neither a path score nor an inverse, or the value is not a tensor.
+            DimensionError: the last dimension is not D.
         """
+        self._check_value(value)
         if not self.has_path_score:
             with torch.enable_grad():
                 value = value.detach().requires_grad_()
@@ -335,7 +399,7 @@ class Flow(TransformedDistribution):
         Returns:
             Another flow.
         """
-        shape = torch.Size(batch_shape)
+        shape = as_shape("batch_shape", batch_shape)
         return Flow(self.base_dist.expand(shape), self.transforms, validate_args=False, spec=self.spec)
 
     # What torch users expect of something that has parameters.
@@ -353,8 +417,15 @@ class Flow(TransformedDistribution):
 
         Args:
             state: name -> value, every name that `state_dict` has.
+
+        Raises:
+            OptionError: they are another flow's.
         """
-        self.module.load_state_dict(dict(state))
+        instances(Mapping, state=state)
+        try:
+            self.module.load_state_dict(dict(state))
+        except (RuntimeError, AttributeError, TypeError) as e:
+            raise OptionError(f"these are not the parameters of this flow, {self}: {e}") from e
 
     def __repr__(self) -> str:
         lines = [f"Flow on R^{self.dim}, {sum(p.numel() for p in self.parameters())} parameters"]
@@ -366,8 +437,12 @@ class Flow(TransformedDistribution):
 def _as_base(base: torch.distributions.Distribution | int, module: nn.Module) -> torch.distributions.Distribution:
     """The base as a distribution with event shape (D,)."""
     if isinstance(base, int):
+        positive_integers(base=base)
         like = next(module.parameters(), torch.empty(0))
-        return dist.Normal(like.new_zeros(()), like.new_ones(())).expand([base]).to_event(1)
+        # Without torch's check of values: a point with NaN has log density NaN.
+        return dist.Normal(like.new_zeros(()), like.new_ones(()), validate_args=False).expand([base]).to_event(1)
+    if not isinstance(base, torch.distributions.Distribution):
+        raise OptionError(f"base must be a distribution over R^D, or D, not {shown(base)}.")
     if base.event_shape == () and base.batch_shape:
         return torch.distributions.Independent(base, 1)
     if len(base.event_shape) != 1:

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform as TorchTransform
 
+from flowvi.checks import as_tensor, functions, instances, one_of, positive_numbers, shown
 from flowvi.errors import DiscreteLatentError, NoLatentError, OptionError, SubsampledLatentError, TargetError
 from flowvi.flow import FULL_BASE_LIMIT, Flow, FlowSpec
 from flowvi.mixture import MixtureFlow
+from flowvi.targets.density import LogDensity
 from flowvi.transforms.affine import AFFINE_KINDS
 
 __all__ = ["AutoFlow", "AutoPlanar", "AutoRadial"]
@@ -82,10 +84,12 @@ class AutoFlow(AutoContinuous):
         init_scale: float = 0.1,
         **options: Any,
     ) -> None:
-        if base is not None and base not in AFFINE_KINDS:
-            raise OptionError(f"base must be one of {', '.join(AFFINE_KINDS)}, not {base!r}.")
-        if not (isinstance(init_scale, (int, float)) and init_scale > 0):
-            raise OptionError(f"init_scale must be a positive number, not {init_scale!r}.")
+        functions(model=model, init_loc_fn=init_loc_fn)
+        if base is not None:
+            one_of(AFFINE_KINDS, base=base)
+        positive_numbers(init_scale=init_scale)
+        if not isinstance(flow, str) and not callable(flow):
+            raise OptionError(f"flow must be a name or a factory(input_dim, **options), not {shown(flow)}.")
         # A throwaway of two dimensions finds a wrong name or option now, and not at the first call.
         with torch.random.fork_rng(devices=[]):
             Flow.from_spec(_spec(flow, 2, num_flows, base or "diag", options), factory=_factory(flow))
@@ -104,6 +108,8 @@ class AutoFlow(AutoContinuous):
         Returns:
             The guide, set up; for a mixture one that draws from all of its components.
         """
+        instances(LogDensity, density=density)
+        instances(Flow, flow=flow)
         if isinstance(flow, MixtureFlow):
             from flowvi.mixture_guide import AutoMixture
 
@@ -256,7 +262,13 @@ class AutoFlow(AutoContinuous):
 
         Returns:
             site -> (Q, *shape).
+
+        Raises:
+            OptionError: they are not numbers in [0, 1].
         """
+        q = as_tensor("quantiles", quantiles, torch.float64).reshape(-1)
+        if not bool(((q >= 0) & (q <= 1)).all()):
+            raise OptionError(f"quantiles must be numbers in [0, 1], not {shown(quantiles)}.")
         self._require_setup(args, kwargs)
         generator = torch.Generator(self._zero.device).manual_seed(0)
         num = QUANTILE_DRAWS if not self._varying else QUANTILE_DRAWS // 10
@@ -273,7 +285,7 @@ class AutoFlow(AutoContinuous):
                 u = z[:, pos : pos + shape.numel()].reshape(-1, *shape)
                 pos += shape.numel()
                 draws[name] = biject_to(site["fn"].support)(u)
-        q = torch.as_tensor(quantiles, dtype=z.dtype, device=z.device).reshape(-1)
+        q = q.to(z)
         return {name: torch.quantile(x.to(z.dtype), q, dim=0) for name, x in draws.items()}
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -292,8 +304,11 @@ class AutoFlow(AutoContinuous):
             A scalar tensor.
 
         Raises:
+            OptionError: values is not a dict, or a value not a tensor of numbers.
             TargetError: a latent site is missing.
+            DimensionError: a value has another shape.
         """
+        instances(Mapping, values=values)
         self._require_setup(args, kwargs)
         names = list(self._unconstrained_shapes)
         missing = [n for n in names if n not in values]
@@ -307,7 +322,7 @@ class AutoFlow(AutoContinuous):
             sites = {n: tracer.trace.nodes[n] for n in names}
         parts, log_density = [], torch.zeros((), dtype=self._zero.dtype, device=self._zero.device)
         for name in names:
-            x = torch.as_tensor(values[name], dtype=self._zero.dtype, device=self._zero.device)
+            x = as_tensor(f"the value of site {name!r}", values[name], self._zero.dtype, self._zero.device)
             to_x = biject_to(sites[name]["fn"].support)
             u = to_x.inv(x)
             parts.append(u.reshape(-1))

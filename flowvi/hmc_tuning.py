@@ -234,7 +234,8 @@ def warm_up(
 def _gather(state: HMCState, generator: torch.Generator) -> HMCState:
     """The chains, those in a place of no weight set to where others are, by chance."""
     chains, dim = state.position.shape
-    good = state.log_density > state.log_density.median() - (30 + 5 * dim)
+    # >= because the median is good itself, where densities are so large that 30 nats are lost to rounding
+    good = state.log_density >= state.log_density.median() - (30 + 5 * dim)
     others = good.nonzero().flatten()
     chosen = torch.randint(len(others), (chains,), generator=generator, device=others.device)
     return state.where(good, state.take(others[chosen]))

@@ -23,7 +23,7 @@ from pyro.infer.enum import get_importance_trace
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from flowvi.checks import positive_integers
+from flowvi.checks import flags, instances, positive_integers, whole_numbers
 from flowvi.errors import OptionError, TargetError
 from flowvi.objectives import path_log_prob
 
@@ -109,6 +109,10 @@ class IWELBO(PyroELBO):
         max_plate_nesting: float = math.inf,
     ) -> None:
         positive_integers(num_samples=num_samples)
+        flags(dreg=dreg)
+        instances(str, type(None), plate=plate)
+        if not (isinstance(max_plate_nesting, float) and math.isinf(max_plate_nesting)):
+            whole_numbers(max_plate_nesting=max_plate_nesting)
         super().__init__(num_particles=num_samples, max_plate_nesting=max_plate_nesting)
         self.num_samples, self.dreg, self.plate = num_samples, dreg, plate
         self._checked = False

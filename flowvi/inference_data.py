@@ -22,6 +22,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from flowvi._version import __version__
+from flowvi.checks import flags, flags_or_none, one_of
 from flowvi.errors import OptionError, TargetError
 from flowvi.targets.model import ModelDensity
 
@@ -75,8 +76,10 @@ def to_arviz(
         OptionError: An unknown kind, or one that the installed packages don't have.
         TargetError: `predictive=True` for a target that can't be simulated.
     """
-    if kind is not None and kind not in _KINDS:
-        raise OptionError(f"kind must be one of {', '.join(_KINDS)} or None, got {kind!r}.")
+    if kind is not None:
+        one_of(_KINDS, kind=kind)
+    flags(resample=resample)
+    flags_or_none(predictive=predictive)
     kind, module = find_arviz(kind)
     density = posterior.density
     values, z, log_p, log_q = posterior._draws_with_densities(num_samples, resample=resample, seed=seed)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowvi.checks import positive_integers, positive_integers_or_none
+from flowvi.checks import functions, instances, positive_integers, positive_integers_or_none
 from flowvi.errors import OptionError, TargetError
 from flowvi.importance import IWELBO
 
@@ -104,6 +104,8 @@ def log_likelihood(
         >>> round(found.mean, 3)  # N(0; 0, 2)
         -1.266
     """
+    functions(model=model, guide=guide)
+    instances(str, type(None), plate=plate)
     positive_integers(num_importance_samples=num_importance_samples, batch_size=batch_size)
     positive_integers_or_none(chunk_size=chunk_size)
     data = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), None)

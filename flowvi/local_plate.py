@@ -213,3 +213,22 @@ def find_call(model: Callable[..., Any], name: str, args: Sequence[Any], kwargs:
     raise TargetError(
         f"the model opens no plate {name!r} with these arguments, though it did at the guide's first call."
     )
+
+
+class PlateOf(Messenger):
+    """Inside, the data's plate scales its sites as one of `size` data points, whatever size the model gives it.
+
+    Args:
+        size: N.
+        *names: the plate; if there are more over the same data, a site is scaled by the first that it is in.
+    """
+
+    def __init__(self, size: int, *names: str) -> None:
+        super().__init__()
+        self.size, self.names = size, names
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        for frame in msg["cond_indep_stack"]:
+            if frame.name in self.names:  # the plate's own factor, full_size / size, becomes N / size
+                msg["scale"] = msg["scale"] * (self.size / (frame.full_size or frame.size))
+                break

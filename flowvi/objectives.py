@@ -36,6 +36,7 @@ from pyro.distributions.util import detach, scale_and_mask
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
+from flowvi.checks import finite_numbers, functions, instances, is_count, is_number, positive_integers, shown
 from flowvi.errors import OptionError
 from flowvi.flow import Flow
 
@@ -82,13 +83,16 @@ class LinearAnneal:
     start: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or not 0 < self.start <= 1:
+        if not is_count(self.num_steps) or not is_number(self.start) or not 0 < self.start <= 1:
             raise OptionError(
-                f"annealing takes num_steps >= 1 and 0 < start <= 1, not {self.num_steps} and {self.start}."
+                f"annealing takes num_steps >= 1 and 0 < start <= 1, not {shown(self.num_steps)} and "
+                f"{shown(self.start)}."
             )
 
     def __call__(self, step: int) -> float:
         """Beta at a step, counted from 0."""
+        if not isinstance(step, int) or step < 0:
+            raise OptionError(f"step must be a whole number of at least 0, not {shown(step)}.")
         return min(1.0, self.start + step / self.num_steps)
 
 
@@ -119,6 +123,9 @@ class ELBO(Trace_ELBO):
     gradient = "standard"
 
     def __init__(self, num_particles: int = 1, *, anneal: Callable[[int], float] | None = None, **options: Any) -> None:
+        positive_integers(num_particles=num_particles)
+        if anneal is not None:
+            functions(anneal=anneal)
         super().__init__(num_particles=num_particles, **options)
         self.anneal = anneal
         self._step = 0
@@ -135,8 +142,16 @@ class ELBO(Trace_ELBO):
 
         Returns:
             The schedule's value; 1 without one.
+
+        Raises:
+            OptionError: the schedule gives something else than a number.
         """
-        return 1.0 if self.anneal is None else self.anneal(step)
+        if self.anneal is None:
+            return 1.0
+        beta = self.anneal(step)
+        if not is_number(beta):
+            raise OptionError(f"anneal must give a number, beta, at each step, and gave {shown(beta)} at {step}.")
+        return beta
 
     # For the engine.
 
@@ -164,8 +179,15 @@ class ELBO(Trace_ELBO):
             What the step saw: log q, log p and which particles were finite, (S,).
 
         Raises:
-            OptionError: the path gradient is asked of a flow without a path score.
+            OptionError: the path gradient is asked of a flow without a path score, or an argument can't be used.
         """
+        instances(Flow, flow=flow)
+        finite_numbers(beta=beta)
+        if not hasattr(target, "value_and_grad"):
+            raise OptionError(f"target must have value_and_grad(z), as a LogDensity has, and {shown(target)} has none.")
+        if split is not None and not hasattr(split, "whole"):
+            raise OptionError(f"split must be a process's part of the particles or None, not {shown(split)}.")
+        beta = float(beta)
         score = None
         rows = slice(None) if split is None else split.rows
         if self.path:
@@ -288,7 +310,7 @@ class AnnealedELBO(ELBO):
     """The standard ELBO with the paper's annealing, beta_t = min(1, 0.01 + t / 10000) (eq. 20), unless told."""
 
     def __init__(self, num_particles: int = 1, *, anneal: Callable[[int], float] | None = None, **options: Any) -> None:
-        super().__init__(num_particles, anneal=anneal or LinearAnneal(), **options)
+        super().__init__(num_particles, anneal=LinearAnneal() if anneal is None else anneal, **options)
 
 
 def path_log_prob(name: str, site: dict[str, Any]) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowvi.checks import is_count, shown
 from flowvi.energies import Grid
 from flowvi.errors import DimensionError, OptionError
 from flowvi.flow import Flow
@@ -62,8 +63,8 @@ def first_layers(flow: Flow, k: int) -> Flow:
         >>> first_layers(flow, 3).transforms[0]
         PlanarStack(D=2, K=3)
     """
-    if not 0 <= k <= num_layers(flow):
-        raise OptionError(f"k must be from 0 to {num_layers(flow)}, the flow's layers, got {k}.")
+    if not is_count(k, 0) or k > num_layers(flow):
+        raise OptionError(f"k must be from 0 to {num_layers(flow)}, the flow's layers, got {shown(k)}.")
     layers, end = _split(flow)
     kept: list[Any] = []
     left = k
@@ -100,6 +101,8 @@ def target_function(target: Any, box: Box) -> Function:
         box: holds nearly all of the mass.
     """
     if not isinstance(target, LogDensity):
+        if not callable(target) and not hasattr(target, "log_density"):
+            raise OptionError(f"target must be an energy or a callable z (S, 2) -> log p (S,), not {shown(target)}.")
         target = as_density(target, dim=None if hasattr(target, "log_density") else 2, dtype=torch.float64)
     if target.dim != 2:
         raise DimensionError(f"this picture shows densities with D = 2, and the target has D = {target.dim}.")

@@ -18,7 +18,8 @@ import numpy as np
 from torch.distributions import constraints
 
 from flowvi import plane
-from flowvi.errors import FlowVIError, OptionError
+from flowvi.checks import as_array, flags, instances, lists_of_names, positive_integers, shown, whole_numbers
+from flowvi.errors import DimensionError, FlowVIError, OptionError
 from flowvi.flow import Flow
 from flowvi.posterior import Posterior, _generator
 from flowvi.psis import khat_limit, psis
@@ -69,7 +70,9 @@ def plot_density(
         DimensionError: D is not 2.
         OptionError: too few axes.
     """
-    flow, posterior = (q.flow, q) if isinstance(q, Posterior) else (q, None)
+    flow, posterior = _flow_of(q)
+    positive_integers(num=num)
+    box = None if box is None else _window(box)
     if target is None and posterior is not None:
         target = posterior.density
     titles, functions = [_flow_title(flow, posterior)], [plane.exact(flow)]
@@ -115,8 +118,12 @@ def plot_layers(
         DimensionError: D is not 2.
         OptionError: a k is not in [0, K], or too few axes.
     """
-    flow = q.flow if isinstance(q, Posterior) else q
+    flow, posterior = _flow_of(q)
+    positive_integers(num=num)
+    box = None if box is None else _window(box)
     total = plane.num_layers(flow)
+    if ks is not None and (not isinstance(ks, Sequence | np.ndarray) or isinstance(ks, str | bytes) or not len(ks)):
+        raise OptionError(f"ks must be numbers of layers from 0 to {total}, not {shown(ks)}.")
     ks = sorted({round(total * i / 5) for i in range(6)}) if ks is None else list(ks)
     functions = [plane.exact(plane.first_layers(flow, k)) for k in ks]
     box = plane.window(functions, plane.wide_box(flow)) if box is None else box
@@ -130,7 +137,7 @@ def plot_layers(
             f"all {k} layers" if k == total else "no layer" if k == 0 else f"{k} layer{'s' * (k > 1)}",
             fontsize="medium",
         )
-    _name_coordinates(axes, q if isinstance(q, Posterior) else None)
+    _name_coordinates(axes, posterior)
     return axes
 
 
@@ -151,6 +158,7 @@ def plot_elbo(posterior: Posterior, *, ax: Any = None) -> Axes:
     Returns:
         The axes.
     """
+    instances(Posterior, posterior=posterior)
     axis = _panels(ax, 1, size=(6.4, 3.6))[0]
     step, elbo = posterior.history.step.numpy(), posterior.history.elbo.numpy()
     rounds = posterior.config.get("rounds") or []
@@ -198,6 +206,7 @@ def plot_khat(posterior: Posterior, *, num_samples: int = 10_000, ax: Any = None
     Returns:
         The axes.
     """
+    instances(Posterior, posterior=posterior)
     fit = _unrefined(posterior)
     diagnosis = fit.diagnose(num_samples)
     _, log_p, log_q = fit._weigh(num_samples, _generator(fit.seed or 0, "diagnose", fit.density.device))
@@ -252,6 +261,12 @@ def plot_marginals(
     Raises:
         OptionError: an unknown site, or too few axes.
     """
+    instances(Posterior, posterior=posterior)
+    instances(Posterior, Mapping, type(None), reference=reference)
+    flags(corrected=corrected)
+    whole_numbers(1, num_samples=num_samples)
+    if sites is not None:
+        lists_of_names(sites=sites)
     groups: list[tuple[str, str, Mapping[str, Any]]] = []
     if isinstance(reference, Posterior):
         reference = reference.sample(num_samples, seed=0)
@@ -310,8 +325,11 @@ def plot_error_against_k(
     Raises:
         OptionError: no rows, a missing key, or too few axes.
     """
-    if not rows:
+    if isinstance(rows, list | tuple) and not rows:
         raise OptionError("rows is empty: give the rows of an experiment's results.json.")
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping) for row in rows):
+        raise OptionError(f"rows must be those of an experiment's results.json, a list of dicts, not {shown(rows)}.")
+    instances(str, type(None), error=error, target=target)
     error = error or next((key for key in ("kl", "gap", "elbo_gap") if key in rows[0]), "kl")
     target = target or next((key for key in ("target", "energy") if key in rows[0]), None)
     missing = [key for key in ("flow", "K", error, *([target] if target else [])) if key not in rows[0]]
@@ -354,8 +372,12 @@ def _panels(
     ax: Any, count: int, *, size: tuple[float, float], columns: int | None = None, **options: Any
 ) -> np.ndarray:
     """The axes given, as an array; or those of a new figure, `size` inches each."""
+    if not count:
+        raise OptionError("there is nothing to draw: the list of what to show is empty.")
     if ax is not None:
         axes = np.atleast_1d(np.asarray(ax, dtype=object)).ravel()
+        if not all(hasattr(axis, "set_xlabel") for axis in axes):
+            raise OptionError(f"ax must be matplotlib axes, or an array of them, not {shown(ax)}.")
         if len(axes) < count:
             raise OptionError(f"this picture has {count} panels, but ax holds {len(axes)}: give an array of axes.")
         return axes
@@ -377,6 +399,20 @@ def _ink() -> str:
     import matplotlib
 
     return str(matplotlib.rcParams["text.color"])
+
+
+def _flow_of(q: Any) -> tuple[Flow, Posterior | None]:
+    """The flow, and the posterior where it is one."""
+    instances(Flow, Posterior, q=q)
+    return (q.flow, q) if isinstance(q, Posterior) else (q, None)
+
+
+def _window(box: Any) -> plane.Box:
+    """A box in two dimensions, checked."""
+    pairs = as_array("box", box)
+    if pairs.shape != (2, 2) or not np.isfinite(pairs).all() or not (pairs[:, 0] < pairs[:, 1]).all():
+        raise OptionError(f"box must be ((low, high), (low, high)), finite with low < high, not {shown(box)}.")
+    return tuple((float(low), float(high)) for low, high in pairs)
 
 
 def _unrefined(posterior: Posterior) -> Posterior:
@@ -431,6 +467,12 @@ def _running_median(values: np.ndarray, width: int) -> np.ndarray:
 
 def _column(values: Any, index: tuple[int, ...]) -> np.ndarray:
     """One element of a site's draws (n, *shape), finite ones only."""
-    array: Any = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
-    column = array[(slice(None), *index)].astype(np.float64)
+    array: Any = as_array("draws of a site", values)
+    if (
+        array.ndim != 1 + len(index)
+        or not array.size
+        or any(i >= n for i, n in zip(index, array.shape[1:], strict=True))
+    ):
+        raise DimensionError(f"draws of a site must have its shape, (n, *shape), not {tuple(array.shape)}.")
+    column = array[(slice(None), *index)]
     return column[np.isfinite(column)]

@@ -20,17 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowvi.checks import as_array, as_seed, as_tensor, flags, instances, shown, whole_numbers
 from flowvi.diagnostics import Diagnostics, judge
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
+from flowvi.flow import Flow
 from flowvi.psis import psis
 from flowvi.short_run import ShortRun, symmetric_kl
 from flowvi.table import PERCENTS, table
+from flowvi.targets.density import LogDensity
 from flowvi.threads import one_thread_if_small
 
 if TYPE_CHECKING:
-    from flowvi.flow import Flow
     from flowvi.refined import RefinedPosterior
-    from flowvi.targets import LogDensity
 
 __all__ = ["History", "Posterior"]
 
@@ -83,6 +84,7 @@ class Posterior:
         seed: As above.
 
     Raises:
+        OptionError: An argument is of another type.
         DimensionError: Flow and target differ in D.
     """
 
@@ -96,6 +98,11 @@ class Posterior:
         history: History,
         seed: int | None = None,
     ) -> None:
+        instances(Flow, flow=flow)
+        instances(LogDensity, density=density)
+        instances(Mapping, config=config, timing=timing)
+        instances(History, history=history)
+        seed = as_seed(seed)
         if flow.dim != density.dim:
             raise DimensionError(f"the flow has D = {flow.dim}, the target {density.dim}: they must agree.")
         self.flow = flow
@@ -121,7 +128,7 @@ class Posterior:
         Returns:
             Site name -> draws (n, *shape) in the constrained space, latent sites first.
         """
-        _check_count("num_samples", num_samples, 0)
+        whole_numbers(num_samples=num_samples)
         draws = self._draw(num_samples, self._generator(seed, "sample"))
         return self._constrain((z for z, _ in draws), num_samples)
 
@@ -138,8 +145,8 @@ class Posterior:
         Returns:
             An iterator over pieces, each site name -> draws (s, *shape).
         """
-        _check_count("num_samples", num_samples, 0)
-        _check_count("chunk_size", chunk_size, 1)
+        whole_numbers(num_samples=num_samples)
+        whole_numbers(1, chunk_size=chunk_size)
         draws = self._draw(num_samples, self._generator(seed, "sample"))
         return (self._constrain([piece], len(piece)) for z, _ in draws for piece in z.split(chunk_size))
 
@@ -163,7 +170,7 @@ class Posterior:
         Raises:
             NonFiniteError: No draw has a finite log density.
         """
-        _check_count("num_samples", num_samples, 1)
+        whole_numbers(1, num_samples=num_samples)
         z, _, _ = self._resample(num_samples, self._generator(seed, "resample"))
         return self._constrain(z.split(self._rows), num_samples)
 
@@ -181,7 +188,7 @@ class Posterior:
             log q (*batch).
 
         Raises:
-            OptionError: A latent site is missing.
+            OptionError: A latent site is missing, or a value isn't a tensor of numbers.
             DimensionError: A value's shape doesn't fit its site, or two batches differ.
         """
         flat, batch = self._flatten(values)
@@ -206,11 +213,11 @@ class Posterior:
             Site name -> quantiles (len(q), *shape); without the leading dimension where q is one number.
 
         Raises:
-            OptionError: A probability outside of [0, 1].
+            OptionError: A probability outside of [0, 1], or no number.
         """
-        probs = np.asarray(q, dtype=np.float64)
+        probs = as_array("q", q)
         if probs.ndim > 1 or not ((probs >= 0) & (probs <= 1)).all():
-            raise OptionError(f"q must be one probability in [0, 1] or a sequence of them, got {q!r}.")
+            raise OptionError(f"q must be one probability in [0, 1] or a sequence of them, got {shown(q)}.")
         return {
             name: torch.as_tensor(np.quantile(draws.cpu().numpy(), probs, axis=0)).to(draws)
             for name, draws in self._summary.items()
@@ -243,7 +250,9 @@ class Posterior:
         Returns:
             The diagnostics.
         """
-        _check_count("num_samples", num_samples, 100)
+        whole_numbers(100, num_samples=num_samples)
+        seed = as_seed(seed)
+        flags(hmc=hmc)
         key = (num_samples, seed, hmc)
         if key not in self._diagnoses:
             generator = _generator(self.seed or 0 if seed is None else seed, "diagnose", self.density.device)
@@ -465,12 +474,14 @@ class Posterior:
         self, num: int, *, resample: bool, seed: int | None
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """Draws of all sites, the same as z (num, D), and their log p and log q (num,)."""
+        whole_numbers(1, num_samples=num)
         generator = self._generator(seed, "resample" if resample else "sample")
         z, log_p, log_q = (self._resample if resample else self._weigh)(num, generator)
         return self._constrain(z.split(self._rows), num), z, log_p, log_q
 
     def _generator(self, seed: int | None, purpose: str) -> torch.Generator:
         """The posterior's own sequence, or one of its own for a seed."""
+        seed = as_seed(seed)
         return self._stream if seed is None else _generator(seed, purpose, self.density.device)
 
     def _constrain(self, chunks: Iterator[Tensor] | Sequence[Tensor], num: int) -> dict[str, Tensor]:
@@ -528,7 +539,8 @@ class Posterior:
         flat: dict[str, Tensor] = {}
         batches: dict[str, tuple[int, ...]] = {}
         for site in sites:
-            value = torch.as_tensor(values[site.name], dtype=self.density.dtype, device=self.density.device)
+            what = f"the value of site {site.name!r}"
+            value = as_tensor(what, values[site.name], self.density.dtype, self.density.device)
             split = value.ndim - len(site.shape)
             if split < 0 or tuple(value.shape[split:]) != tuple(site.shape):
                 raise DimensionError(
@@ -555,8 +567,3 @@ def _generator(seed: int | None, purpose: str, device: torch.device | str) -> to
         words = hashlib.sha256(f"flowvi {purpose} {seed}".encode()).digest()
         generator.manual_seed(int.from_bytes(words[:7], "little"))
     return generator
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{name} must be a whole number of at least {least}, got {value!r}.")

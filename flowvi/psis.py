@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowvi.checks import as_array, one_of, whole_numbers
 from flowvi.errors import DimensionError, OptionError
 
 __all__ = ["MIN_DRAWS", "khat_limit", "psis"]
@@ -32,7 +33,11 @@ def khat_limit(num_samples: int) -> float:
 
     Returns:
         The limit, 0.7 from S = 2155 on.
+
+    Raises:
+        OptionError: S is not an integer of at least 2.
     """
+    whole_numbers(2, num_samples=num_samples)
     return min(1 - 1 / float(np.log10(num_samples)), 0.7)
 
 
@@ -55,7 +60,7 @@ def psis(log_weights: _Array, *, backend: str | None = None) -> tuple[_Array, fl
         OptionError: The backend is neither of the two, or can't be imported; or no weight is above zero, or one
             is NaN.
     """
-    log_w = np.array(log_weights, dtype=np.float64)
+    log_w = np.array(as_array("log_weights", log_weights))
     if log_w.ndim != 1 or log_w.size < MIN_DRAWS:
         raise DimensionError(
             f"log_weights must have shape (S,) with S >= {MIN_DRAWS}, got {log_w.shape}: draw more samples."
@@ -80,8 +85,8 @@ def psis(log_weights: _Array, *, backend: str | None = None) -> tuple[_Array, fl
 def _find_psis(backend: str | None) -> Any:
     """A function log weights (S,) -> (smoothed and normalized (S,), k-hat), from the ArviZ at hand."""
     choices = ("arviz_stats", "arviz")
-    if backend is not None and backend not in choices:
-        raise OptionError(f"backend must be one of {', '.join(choices)} or None, got {backend!r}.")
+    if backend is not None:
+        one_of(choices, backend=backend)
     problem: Exception | None = None
     for name in choices if backend is None else (backend,):
         try:

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 
 from flowvi.bridge import log_evidence
 from flowvi.chains import MIN_LENGTH, Agreement, Chains, agreement, describe_separation
+from flowvi.checks import flags_or_none, instances, is_number, shown, whole_numbers
 from flowvi.errors import InterruptedWarning, OptionError
 from flowvi.hmc import FlowCoordinates, HMCInfo, HMCState, Tuning, hmc_step
 from flowvi.hmc_tuning import estimate_scale, jitter, tune, warm_up
-from flowvi.posterior import Posterior, _check_count
+from flowvi.posterior import Posterior
 from flowvi.refined import DIVERGENCE_LIMIT, RefinedDiagnostics, RefinedPosterior
 from flowvi.short_run import ShortRun, finite_start, symmetric_kl
 from flowvi.threads import one_thread_if_small
@@ -75,11 +76,13 @@ def refine(
         NonFiniteError: The target is finite at no draw of the flow.
     """
     if num_chains is not None:
-        _check_count("num_chains", num_chains, 4)
+        whole_numbers(4, num_chains=num_chains)
     _check_above("ess", ess, 0.0)
     _check_above("rhat", rhat, 1.0)
     if time_limit is not None:
         _check_above("time_limit", time_limit, 0.0)
+    instances(Posterior, posterior=posterior)
+    flags_or_none(progress=progress)
     start = time.perf_counter()
     unrefined = posterior.unrefined if isinstance(posterior, RefinedPosterior) else posterior
     target = FlowCoordinates(posterior.flow, posterior.density)
@@ -312,5 +315,5 @@ class _Watch:
 
 
 def _check_above(name: str, value: float, least: float) -> None:
-    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and least < value < math.inf):
-        raise OptionError(f"{name} must be a number above {least:g}, got {value!r}.")
+    if not (is_number(value) and value > least):
+        raise OptionError(f"{name} must be a number above {least:g}, got {shown(value)}.")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from flowvi.chains import Agreement, Chains, agreement, describe_separation
+from flowvi.checks import as_seed, whole_numbers
 from flowvi.diagnostics import Diagnostics
 from flowvi.errors import FileFormatError
-from flowvi.posterior import _SUMMARY_ELEMENTS, Posterior, _check_count
+from flowvi.posterior import _SUMMARY_ELEMENTS, Posterior
 
 __all__ = ["DIVERGENCE_LIMIT", "RefinedDiagnostics", "RefinedPosterior"]
 
@@ -129,7 +130,8 @@ class RefinedPosterior(Posterior):
             The diagnostics. Trusted only if R-hat is below the limit, bulk and tail ESS reach what was asked, at
             most 0.1% of the steps diverged and, where the target's log Z is known, the evidence agrees with it.
         """
-        _check_count("num_samples", num_samples, 100)
+        whole_numbers(100, num_samples=num_samples)
+        seed = as_seed(seed)
         key = (num_samples, seed, False)
         if key not in self._diagnoses:
             of_flow = self.unrefined.diagnose(num_samples, seed=seed, hmc=False)

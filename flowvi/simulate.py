@@ -13,7 +13,7 @@ from pyro.distributions import Unit
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from flowvi.errors import NoLatentError, OptionError, TargetError
+from flowvi.errors import FlowVIError, NoLatentError, OptionError, TargetError
 from flowvi.inference_data import _Unobserve
 from flowvi.targets import LogDensity, as_density
 from flowvi.targets.model import default_dtype
@@ -114,6 +114,8 @@ class Simulator:
         try:
             with runner.isolated(seed=seed), torch.no_grad(), poutine.block(), poutine.trace() as tracer, simulate:
                 runner.model(*runner.args, **runner.kwargs)
+        except FlowVIError:
+            raise
         except (NotImplementedError, TypeError) as error:
             if isinstance(error, TypeError) and not simulate.at:
                 raise TargetError(f"the model {self.name} can't be called with these arguments: {error}") from error
@@ -121,6 +123,8 @@ class Simulator:
                 f"the site {simulate.at!r} of the model {self.name} can't be simulated ({error}): calibration needs "
                 "priors and likelihoods that can be drawn from."
             ) from error
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+            raise TargetError(f"the model {self.name} failed with {type(error).__name__}: {error}") from error
         return {name: node for name, node in tracer.trace.nodes.items() if node["type"] == "sample"}
 
     def draw(self, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowvi._version import __version__
+from flowvi.checks import as_path, instances
 from flowvi.conditional_flow import ConditionalFlow, flow_at
 from flowvi.errors import FileFormatError, OptionError, TargetError
 from flowvi.files import DTYPES, POSTERIOR, plain, read, unplain, write
@@ -53,7 +54,7 @@ def save(posterior: Posterior, path: str | Path) -> None:
         "seed": posterior.seed,
         "chains": posterior._stored_chains(),
     }
-    write(Path(path), plain(content, otherwise=str) | {"arguments": arguments}, POSTERIOR)
+    write(as_path("path", path), plain(content, otherwise=str) | {"arguments": arguments}, POSTERIOR)
 
 
 def load(
@@ -82,7 +83,9 @@ def load(
         UnknownFlowError: The flow is one that was registered when the file was written, and isn't now.
         OptionError: The same for a flow that is registered as something else now.
     """
-    content = read(Path(path), POSTERIOR)
+    content = read(as_path("path", path), POSTERIOR)
+    instances(Sequence, type(None), args=args)
+    instances(Mapping, type(None), kwargs=kwargs)
     if target is None:
         raise OptionError(f"pass what was fitted, {content['target']!r}, too: flowvi.load(path, model).")
     if args is None and kwargs is None and not content["arguments_stored"]:
@@ -134,7 +137,7 @@ def rebuild(
             flow = flow_from_spec(spec, dtype=dtype, device=device)
     try:
         flow.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, OptionError) as error:
         raise OptionError(
             f"the flow that is registered as {spec.name!r} has other parameters than the fitted one: register the "
             f"same factory, flowvi.transforms.register({spec.name!r}, factory, overwrite=True). ({error})"

@@ -304,8 +304,8 @@ def at_pairs(twin, context, x):
         (lambda: IAF(3, order="shuffled"), "order must be a permutation of 0..2, 'random' or None"),
         (lambda: MAF(3, hidden_dims=(0,)), "hidden_dims must be positive integers"),
         (lambda: MAF(3, activation="gelu"), "activation must be one of relu, tanh, elu"),
-        (lambda: IAF(3, clip=-1.0), "clip must be positive"),
-        (lambda: Autoregressive(3, Sinh(), fast="both"), "fast must be 'forward' or 'inverse'"),
+        (lambda: IAF(3, clip=-1.0), "clip must be a positive number"),
+        (lambda: Autoregressive(3, Sinh(), fast="both"), "fast must be one of forward, inverse"),
     ],
 )
 def test_bad_arguments(call, text):

@@ -111,7 +111,7 @@ def test_elementwise_derivatives(tau, grad):
 def test_soft_clip_bounds_the_log_scale():
     params = torch.tensor([[[0.0, 1e6]], [[0.0, -1e6]]])
     assert torch.allclose(SoftClippedAffine(2.0).forward(torch.ones(2, 1), params)[1], torch.tensor([[2.0], [-2.0]]))
-    with pytest.raises(OptionError, match="clip must be positive"):
+    with pytest.raises(OptionError, match="clip must be a positive number"):
         RealNVP(2, clip=0.0)
 
 

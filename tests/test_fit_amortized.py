@@ -111,15 +111,46 @@ def test_a_dataset_is_its_tensors():
     assert torch.equal(one.history.train, two.history.train)
 
 
-def test_global_latents_beside_local_ones_are_refused():
-    def model(x):
-        mu = pyro.sample("mu", dist.Normal(torch.zeros(3), 10.0).to_event(1))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z @ W.T + mu, NOISE).to_event(1), obs=x)
+def random_mean(x):
+    """`linear_gaussian` with a prior over its mean, whose posterior is then Gaussian too."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(3), 10.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ W.T + mu, NOISE).to_event(1), obs=x)
 
-    with pytest.raises(OptionError, match="outside of plate 'data'"):
-        flowvi.fit(model, data(400), encoder=nn.Identity(), num_flows=0, num_steps=10, progress=False)
+
+def test_global_latents_beside_local_ones_are_exact(tmp_path):
+    x = data(400)
+    options = {"num_flows": 0, "lr": 2e-2, "seed": 1, "progress": False, "num_steps": 2000}
+    found = flowvi.fit(random_mean, x, encoder=nn.Identity(), batch_size=100, **options)
+    assert found.config["num_rows"] == 400  # global latents are those of all rows: none is held out
+    assert found.config["global_sites"] == ["mu"]
+    marginal = W @ W.T + NOISE**2 * torch.eye(3)
+    cov = torch.linalg.inv(400 * torch.linalg.inv(marginal) + torch.eye(3) / 100)
+    mean = 400 * torch.linalg.solve(marginal, x.mean(0)) @ cov
+    draws = found.sample(x[:5], num_samples=8000, seed=0)
+    sd = cov.diagonal().sqrt()
+    assert ((draws["mu"].mean(0) - mean).abs() < 0.5 * sd).all()
+    assert ((draws["mu"].std(0) / sd - 1).abs() < 0.15).all()  # .5 of it where z is taken as known
+    assert draws["mu"].shape == (8000, 3)
+    assert draws["z"].shape == (8000, 5, 2)
+    # the local ones follow the draw of the global ones, with what is left of their spread given it
+    given = torch.linalg.inv(torch.eye(2) + W.T @ W / NOISE**2)
+    fitted = (x[:5] - draws["mu"][:, None]) @ W @ given / NOISE**2
+    assert ((draws["z"] - fitted).std(0) / given.diagonal().sqrt() - 1).abs().max() < 0.15
+    every = dist.MultivariateNormal(torch.zeros(3), marginal)
+    at = mean.clone()  # log p(x) = log p(x | mu) p(mu) / p(mu | x), at any mu
+    evidence = every.log_prob(x - at).sum() + dist.Normal(0.0, 10.0).log_prob(at).sum()
+    evidence = evidence - dist.MultivariateNormal(mean, cov).log_prob(at)
+    bound = found.elbo(x, num_samples=200, seed=1)
+    assert -0.02 < bound.mean - evidence / 400 < 3 * bound.standard_error
+    with pytest.raises(OptionError, match="sample"):
+        found.posterior(x)
+    with pytest.raises(flowvi.errors.TargetError, match="outside"):
+        found.log_likelihood(x)
+    found.save(tmp_path / "fit.pt")
+    again = flowvi.AmortizedFit.load(tmp_path / "fit.pt", random_mean, nn.Identity())
+    assert torch.equal(found.global_posterior().log_prob(mean), again.global_posterior().log_prob(mean))
 
 
 @pytest.mark.parametrize(

@@ -403,7 +403,7 @@ def spoiled(row: int, column: int, value: float) -> torch.Tensor:
         (OptionError, "could not be built with options", lambda: fit(ring(100), colour="red")),
         (OptionError, "can't be built with options", lambda: fit(ring(100), context=ring(100), colour="red")),
         (UnknownFlowError, "Did you mean 'planar'", lambda: fit(ring(100), "planr")),
-        (OptionError, "num_samples must be a non-negative", lambda: fit(ring(100), num_steps=2).sample(-1)),
+        (OptionError, "num_samples must be a whole number", lambda: fit(ring(100), num_steps=2).sample(-1)),
         (
             DimensionError,
             "must be the data's, D = 2",

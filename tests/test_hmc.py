@@ -250,3 +250,11 @@ def test_the_same_seed_gives_the_same_walk_and_the_global_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_chains_are_gathered_where_densities_are_too_large_for_30_nats_to_count():
+    flow = Flow.from_spec(FlowSpec("planar", 2, 0, "full", {}), dtype=torch.float64)
+    target = FlowCoordinates(flow, as_density(lambda z: z.abs().sum(-1), dim=2, dtype=torch.float64))
+    state = target(torch.full((8, 2), 1e20, dtype=torch.float64))
+    gathered = hmc_tuning._gather(state, torch.Generator().manual_seed(0))
+    assert torch.equal(gathered.position, state.position)

@@ -308,10 +308,10 @@ def test_one_spline_of_one_coordinate_fits_two_modes():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: RationalQuadratic(1), "num_bins must be an integer of at least 2"),
-        (lambda: RationalQuadratic(2.5), "num_bins must be an integer"),
+        (lambda: RationalQuadratic(1), "num_bins must be a whole number of at least 2"),
+        (lambda: RationalQuadratic(2.5), "num_bins must be a whole number"),
         (lambda: RationalQuadratic(bound=0.0), "bound must be a positive number"),
-        (lambda: neural_spline(2, kind="cubic"), "kind must be 'coupling' or 'autoregressive'"),
+        (lambda: neural_spline(2, kind="cubic"), "kind must be one of coupling, autoregressive"),
         (lambda: neural_spline(0), "input_dim must be a positive integer"),
     ],
 )

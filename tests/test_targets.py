@@ -408,6 +408,62 @@ def test_what_cannot_be_used_is_named(call, error, text):
         call()
 
 
+def gaussian(z):
+    return -0.5 * z.square().sum(-1)
+
+
+class OwnGradient:
+    """An energy whose own gradient is what it is given."""
+
+    dim, log_normalizer = 2, None
+
+    def __init__(self, own):
+        self.log_density, self.log_density_and_grad = gaussian, own
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "text"),
+    [
+        (lambda z: gaussian(z) - gaussian(z).mean(), errors.TargetError, "mixes the rows of z"),
+        (lambda z: gaussian(z).flip(0), errors.TargetError, "mixes the rows of z"),
+        (lambda z: gaussian(z / z.std(0)), errors.TargetError, "mixes the rows of z"),
+        (lambda z: gaussian(z) + torch.randn(len(z)), errors.TargetError, "other values each time"),
+        (lambda z: gaussian(z) + 0j, errors.TargetError, "returned torch.complex64"),
+        (lambda z: 1.0, errors.DimensionError, "returned float"),
+        (OwnGradient(lambda z: (gaussian(z), z[:1])), errors.DimensionError, "log_density_and_grad of OwnGradient"),
+        (OwnGradient(lambda z: (gaussian(z), z)), errors.TargetError, "another gradient than its log_density"),
+        (OwnGradient(lambda z: (2 * gaussian(z), -z)), errors.TargetError, "another value than its log_density"),
+    ],
+)
+def test_what_is_no_log_density_of_each_row_is_named(target, error, text):
+    with pytest.raises(error, match=text):
+        as_density(target, dim=2)
+
+
+def test_what_a_function_raises_is_the_cause_of_a_typed_error():
+    def late(z):
+        if bool((z > 3).any()):
+            raise KeyError("late")
+        return gaussian(z)
+
+    density = as_density(late, dim=2)
+    for evaluate in (density, density.value_and_grad):
+        with pytest.raises(errors.TargetError, match="KeyError: 'late'") as caught:
+            evaluate(torch.full((5, 2), 4.0))
+        assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("error", [KeyError, NameError, AttributeError, AssertionError])
+def test_what_a_model_raises_is_the_cause_of_a_typed_error(error):
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        raise error("mine")
+
+    with pytest.raises(errors.TargetError, match=f"{error.__name__}: .?mine") as caught:
+        as_density(model)
+    assert isinstance(caught.value.__cause__, error)
+
+
 @pytest.mark.parametrize(
     ("values", "error", "text"),
     [

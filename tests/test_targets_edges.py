@@ -133,7 +133,7 @@ def test_bad_options_are_named(target, options, error, text):
         (subsampling, None),
         (with_parameter, None),
         (stochastic, errors.TargetError),
-        (raises_late, KeyError),
+        (raises_late, errors.TargetError),
     ],
 )
 @pytest.mark.filterwarnings("ignore::flowvi.errors.FlowVIWarning")

@@ -364,7 +364,7 @@ def test_unknown_name_says_what_there_is():
         (lambda: Planar(2, constraint="abs"), "constraint must be one of squareplus, softplus"),
         (lambda: Affine(2, kind="round"), "kind must be one of diag, low_rank, full"),
         (lambda: Affine(2, scale=-1.0), "scale must be positive"),
-        (lambda: build("planar", 2, -1), "num_flows must be a non-negative integer"),
+        (lambda: build("planar", 2, -1), "num_flows must be a whole number of at least 0"),
         (lambda: build(lambda input_dim: 3, 2, 1), "not a transform"),
         (lambda: build("planar", 2, 1, colour="red"), "could not be built with options"),
         (lambda: register("x", 3), "factory must be callable"),

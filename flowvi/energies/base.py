@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DimensionError, NumericalWarning, OptionError, TargetError
+from ..checks import floating, functions, instances, is_count, is_number, positive_integers, shown
+from ..errors import DimensionError, FlowVIError, NumericalWarning, OptionError, TargetError
 
 Box = tuple[tuple[float, float], ...]
 """One (low, high) for each dimension."""
@@ -23,22 +24,25 @@ SQRT_2PI = math.sqrt(2 * math.pi)
 class Grid(NamedTuple):
     """Points and weights of a quadrature: the integral of f over the box is (weights * f(z)).sum()."""
 
-    z: Tensor
+    z: torch.Tensor
     """The points, (n, ..., n, D); axis i of the grid is dimension i."""
-    weights: Tensor
+    weights: torch.Tensor
     """The weight of each point, (n, ..., n)."""
 
     @classmethod
     def midpoints(cls, box: Box, num: int) -> Grid:
         """Centres of num equal cells along each dimension: for pictures, and spectral for smooth bumps."""
-        if num < 1:
-            raise OptionError(f"a grid needs num >= 1 cells along each dimension, got {num}")
+        if not is_count(num):
+            raise OptionError(f"a grid needs num >= 1 cells along each dimension, got {shown(num)}")
+        box = _pairs(box)
         unit = (np.arange(num) + 0.5) / num
         return cls._product([(lo + (hi - lo) * unit, np.full(num, (hi - lo) / num)) for lo, hi in box])
 
     @classmethod
     def gauss(cls, box: Box, panels: int = 30, order: int = 16) -> Grid:
         """Composite Gauss-Legendre: panels along each dimension, each with order points."""
+        positive_integers(panels=panels, order=order)
+        box = _pairs(box)
         x, w = np.polynomial.legendre.leggauss(order)
         axes = []
         for lo, hi in box:
@@ -54,6 +58,17 @@ class Grid(NamedTuple):
         for _, w in axes:
             weights = np.multiply.outer(weights, w)
         return cls(torch.from_numpy(z), torch.from_numpy(np.ascontiguousarray(weights)))
+
+
+def _pairs(box: Any) -> Box:
+    """A box, checked."""
+    try:
+        pairs = tuple((float(low), float(high)) for low, high in box)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise OptionError(f"box must hold one pair (low, high) for each dimension, got {shown(box)}") from error
+    if not pairs or not all(low < high and math.isfinite(high - low) for low, high in pairs):
+        raise OptionError(f"box must hold finite pairs (low, high) with low < high, got {shown(box)}")
+    return pairs
 
 
 class GridKL(NamedTuple):
@@ -90,6 +105,10 @@ class Energy(ABC):
         Raises:
             DimensionError: The last dimension is not D.
         """
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            raise OptionError(
+                f"{type(self).__name__} takes z as a floating-point tensor of shape (..., {self.dim}), got {shown(z)}"
+            )
         if z.ndim == 0 or z.shape[-1] != self.dim:
             raise DimensionError(
                 f"{type(self).__name__} takes z of shape (..., {self.dim}), got {tuple(z.shape)}: "
@@ -147,8 +166,10 @@ class Energy(ABC):
         Raises:
             TargetError: There are none for this energy; ask `has_exact_samples`.
         """
-        if num_samples < 0:
-            raise OptionError(f"num_samples must be >= 0, got {num_samples}")
+        if not is_count(num_samples, 0):
+            raise OptionError(f"num_samples must be >= 0, got {shown(num_samples)}")
+        instances(torch.Generator, type(None), generator=generator)
+        floating(dtype)
         if not self.has_exact_samples:
             raise TargetError(f"{self!r} has no exact samples; has_exact_samples says so beforehand")
         device = torch.device("cpu") if generator is None else generator.device
@@ -170,10 +191,10 @@ class Energy(ABC):
     def _checked(self, box: Box | None) -> Box:
         if self.dim > 2:
             raise DimensionError(f"a grid needs D <= 2, and {self!r} has D = {self.dim}; use samples instead")
-        box = self.box if box is None else box
-        if len(box) != self.dim or not all(lo < hi and math.isfinite(hi - lo) for lo, hi in box):
-            raise OptionError(f"box must hold {self.dim} finite pairs (low, high) with low < high, got {box}")
-        return box
+        pairs = _pairs(self.box if box is None else box)
+        if len(pairs) != self.dim:
+            raise OptionError(f"box must hold {self.dim} finite pairs (low, high) with low < high, got {shown(box)}")
+        return pairs
 
     def log_mass(self, box: Box | None = None, *, panels: int = 30) -> float:
         """Log of the integral of exp(-U) over a box, by composite Gauss-Legendre quadrature in float64."""
@@ -211,9 +232,20 @@ class Energy(ABC):
         Returns:
             The divergence in nats, and the mass of q on the grid.
         """
+        functions(log_q=log_q)
+        instances(torch.dtype, dtype=dtype)
+        floating(dtype)
         grid = Grid.midpoints(self._checked(box), num)
         z = grid.z.reshape(-1, self.dim)
-        log_density = torch.cat([log_q(part.to(dtype)).double() for part in z.split(65536)])
+        try:
+            parts = [log_q(part.to(dtype)) for part in z.split(65536)]
+        except FlowVIError:
+            raise
+        except Exception as error:  # log_q is the user's, and so is what it may raise
+            raise TargetError(f"log_q failed on points (N, {self.dim}) with {type(error).__name__}: {error}") from error
+        if not all(isinstance(part, Tensor) and not part.is_complex() for part in parts):
+            raise OptionError(f"log_q must map points (N, {self.dim}) to a tensor (N,), and gave {shown(parts[0])}")
+        log_density = torch.cat([torch.atleast_1d(part).double() for part in parts])
         if log_density.shape != z.shape[:1]:
             raise DimensionError(
                 f"log_q must map points (N, {self.dim}) to (N,); it made {tuple(log_density.shape)} of {tuple(z.shape)}"
@@ -232,10 +264,10 @@ class Energy(ABC):
 
 
 def check(owner: Energy, *, at_least: int = 1, **positive: float) -> None:
-    """Raise OptionError unless owner.dim >= at_least and each named value is finite and positive."""
+    """Raise OptionError unless owner.dim is an integer >= at_least and each named value is finite and positive."""
     name = type(owner).__name__
-    if owner.dim < at_least:
-        raise OptionError(f"{name} needs dim >= {at_least}, got {owner.dim}")
+    if not is_count(owner.dim, at_least):
+        raise OptionError(f"{name} needs dim >= {at_least}, got {shown(owner.dim)}; dim is an integer")
     for key, value in positive.items():
-        if not 0 < value < math.inf:
-            raise OptionError(f"{name} needs a finite {key} > 0, got {value}")
+        if not (is_number(value) and value > 0):
+            raise OptionError(f"{name} needs a finite {key} > 0, got {shown(value)}")

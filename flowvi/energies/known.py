@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import as_tensor, is_count, is_number, shown
 from ..errors import DimensionError, OptionError
 from .base import SQRT_2PI, Box, Energy, check
 
@@ -95,8 +96,8 @@ class Banana(Energy):
 
     def __post_init__(self) -> None:
         check(self, at_least=2, scale=self.scale)
-        if not math.isfinite(self.curvature):
-            raise OptionError(f"Banana needs a finite curvature, got {self.curvature}")
+        if not is_number(self.curvature):
+            raise OptionError(f"Banana needs a finite curvature, got {shown(self.curvature)}")
 
     def _bend(self, z1: Tensor) -> Tensor:
         return self.curvature * (z1.square() - self.scale**2)
@@ -156,8 +157,8 @@ class RingOfGaussians(Energy):
 
     def __post_init__(self) -> None:
         check(self, at_least=2, radius=self.radius, scale=self.scale)
-        if self.num_modes < 1:
-            raise OptionError(f"RingOfGaussians needs num_modes >= 1, got {self.num_modes}")
+        if not is_count(self.num_modes):
+            raise OptionError(f"RingOfGaussians needs num_modes >= 1, got {shown(self.num_modes)}")
 
     def centres(self, like: Tensor | None = None) -> Tensor:
         """The centres in the first two coordinates, (K, 2), with like's dtype and device (float64, CPU)."""
@@ -221,12 +222,12 @@ class CorrelatedGaussian(Energy):
     def __post_init__(self) -> None:
         check(self)
         if self.covariance is None:
-            if not -1 < self.rho < 1:
-                raise OptionError(f"CorrelatedGaussian needs -1 < rho < 1, got {self.rho}")
+            if not (is_number(self.rho) and -1 < self.rho < 1):
+                raise OptionError(f"CorrelatedGaussian needs -1 < rho < 1, got {shown(self.rho)}")
             steps = torch.arange(self.dim, dtype=torch.float64)
             covariance = torch.as_tensor(self.rho, dtype=torch.float64) ** (steps[:, None] - steps).abs()
         else:
-            covariance = torch.as_tensor(self.covariance).detach().to("cpu", torch.float64)
+            covariance = as_tensor("covariance", self.covariance, torch.float64, "cpu").detach()
             if covariance.shape != (self.dim, self.dim):
                 raise DimensionError(
                     f"CorrelatedGaussian with dim={self.dim} needs a covariance of shape "

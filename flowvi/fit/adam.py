@@ -60,6 +60,7 @@ class FlatAdam:
     Args:
         vector: the parameters, changed in place.
         grad: their gradient, read at each step.
+        beta2: how much of the second moment a step keeps.
 
     Attributes:
         mean: the first moment, of the vector's shape.
@@ -67,8 +68,8 @@ class FlatAdam:
         state: float64 (3,): steps taken, running length of the gradient, steps skipped.
     """
 
-    def __init__(self, vector: Tensor, grad: Tensor) -> None:
-        self.vector, self.grad = vector.detach(), grad
+    def __init__(self, vector: Tensor, grad: Tensor, beta2: float = BETA2) -> None:
+        self.vector, self.grad, self.beta2 = vector.detach(), grad, beta2
         self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
         self.state = torch.zeros(3, dtype=torch.float64, device=vector.device)
         self._kernel = None
@@ -86,7 +87,7 @@ class FlatAdam:
     def step(self, lr: float, usable: Tensor | bool = True) -> None:
         """One step of size `lr`, unless the gradient is not finite or `usable` is false."""
         if self._kernel is not None:
-            self._kernel(*self._arrays, lr, CLIP, KEEP, BETA1, BETA2, EPS, bool(usable))
+            self._kernel(*self._arrays, lr, CLIP, KEEP, BETA1, self.beta2, EPS, bool(usable))
             return
         taken, typical, skipped = self.state.unbind()
         norm = torch.linalg.vector_norm(self.grad, dtype=torch.float64)
@@ -101,7 +102,7 @@ class FlatAdam:
         # A step that is not taken leaves the moments as they are: the weights of old and new become 1 and 0.
         okf = ok.to(g)
         self.mean.lerp_(g, (1 - BETA1) * okf)
-        self.square.mul_(1 - (1 - BETA2) * okf).add_((1 - BETA2) * g * g)
+        self.square.mul_(1 - (1 - self.beta2) * okf).add_((1 - self.beta2) * g * g)
         size = okf * (lr / (1 - BETA1 ** taken.clamp_min(1))).to(g)
-        root = torch.sqrt(1 - BETA2 ** taken.clamp_min(1)).to(g)
+        root = torch.sqrt(1 - self.beta2 ** taken.clamp_min(1)).to(g)
         self.vector.sub_(size * self.mean / (self.square.sqrt() / root + EPS))

@@ -16,7 +16,7 @@ from flowvi.fit.engine import Record, Schedule, optimize, saved_schedule, second
 from flowvi.fit.labels import label_switching
 from flowvi.fit.modes import Mode, fit_mixture, survey
 from flowvi.fit.paths import connected
-from flowvi.fit.rounds import ROUND_STEPS, SECONDS, Check, as_plain, run_rounds
+from flowvi.fit.rounds import ROUND_STEPS, SECONDS, Check, as_plain, check, is_worse, run_rounds
 from flowvi.fit.search import search
 from flowvi.fit.whiten import Gaussian, Start, whiten
 from flowvi.flow import Flow, FlowSpec
@@ -29,6 +29,7 @@ from flowvi.transforms.affine import default_rank
 ANNEAL_FRACTION = 0.3
 FIRST_ANNEALED_STEPS = 4000  # of rounds that begin annealed
 MIN_STEPS = 200
+GUARD_DRAWS = 1024  # that tell whether the steps made it worse
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Trial:
         flow = self._start(self.elsewhere or self.gaussian)
         self.kind = BalancedELBO if flow.has_path_score else ELBO
         self.objective = self._objective(self.plan.num_steps)
-        self._compile()
+        compiled = self._compile()
         start = time.perf_counter()
         if len(self.modes) > 1:
             flow, record = self._train_each()
@@ -163,7 +164,7 @@ class Trial:
             "anneal": repr(objective.anneal) if min(record.beta, default=1.0) < 1 else None,
             "gradient": objective.gradient,
             "step": "without a tape" if record.fused else "by autograd",
-            "compile": _words(self.compiled),
+            "compile": _words(compiled),
             "rounds": as_plain(self.checks),
         }
         elbo = self.ranks.same(_fresh_elbo(flow, self.density, self.generator))
@@ -230,27 +231,32 @@ class Trial:
         self.decided["modes"] = len(self.groups)
         self._took("modes", start)
 
-    def _compile(self) -> None:
-        """Compile the target where it pays; what a checkpoint says was decided stays, else bits would change."""
+    def _compile(self) -> CompileReport:
+        """Compile the target where it pays, and flatten it in any case, so that all calls round alike.
+
+        What a checkpoint says was decided stays, else bits would change.
+        """
         mine = self.ranks.share(self.objective.num_particles)
         num_particles = max(1, mine.stop - mine.start)
         if self.compiled is not None:
-            if self.compiled.used:
-                self.density.compile(num_particles)
+            self.density.compile(num_particles, num_calls=None if self.compiled.used else 0)
             if self.saver is not None:
                 self.saver.restore_generators()
-        elif self.plan.compile is not False:
-            start = time.perf_counter()
-            to_come = ROUND_STEPS if self.plan.rounds else self.plan.num_steps
-            num_calls = None if self.plan.compile is True else to_come
-            found = self.density.compile(num_particles, num_calls=num_calls) if self.ranks.is_first else None
-            self.compiled = self.ranks.same(found, patient=True)
-            assert self.compiled is not None
-            if self.compiled.used and not self.ranks.is_first:
-                self.density.compile(num_particles)
-            self.ranks.same(None, self.generator, self.density.generator)  # measuring draws minibatches
-            if self.compiled.seconds:
-                self._took("compile", start)
+            return self.compiled
+        start = time.perf_counter()
+        to_come = ROUND_STEPS if self.plan.rounds else self.plan.num_steps
+        num_calls = None if self.plan.compile is True else 0 if self.plan.compile is False else to_come
+        found = self.density.compile(num_particles, num_calls=num_calls) if self.ranks.is_first else None
+        self.compiled = self.ranks.same(found, patient=True)
+        assert self.compiled is not None
+        if self.plan.compile is False:
+            self.compiled = CompileReport(False, "compile=False")
+        if not self.ranks.is_first:
+            self.density.compile(num_particles, num_calls=None if self.compiled.used else 0)
+        self.ranks.same(None, self.generator, self.density.generator)  # measuring draws minibatches
+        if self.compiled.seconds:
+            self._took("compile", start)
+        return self.compiled
 
     def _start(self, gaussian: Start | None, offset: int = 0) -> Flow:
         return self.family.start(self.density, gaussian, self.seed + offset, 0 if self.plan.rounds else None)
@@ -296,6 +302,7 @@ class Trial:
                 num_steps = min(num_steps, max(MIN_STEPS, int(seconds / cost)))
             schedule = Schedule(num_steps, plan.lr)
         self.objective = self._objective(schedule.num_steps)
+        before, start = self._look(flow), {name: value.clone() for name, value in flow.state_dict().items()}
         record = optimize(
             flow,
             self.density,
@@ -307,7 +314,18 @@ class Trial:
             checkpoint=saver,
             ranks=self.ranks,
         )
+        # What is annealed still, or maximizes something else, may well have a lower ELBO.
+        comparable = min(record.beta[-1:], default=1.0) == 1 and type(self.objective).backward is ELBO.backward
+        if plan.whiten and comparable and self.ranks.same(is_worse(self._look(flow), before)):
+            flow.load_state_dict(start)
+            if record.stopped == "finished":
+                record.stopped = "the steps made it worse: the flow is as it was before them, the Gaussian"
         return flow, record
+
+    def _look(self, flow: Flow) -> Check:
+        """A quick check, of the same base draws at every call."""
+        generator = torch.Generator(self.density.device).manual_seed(self.seed + 2)
+        return check(flow, self.density, generator, num_steps=0, seconds=0.0, num_draws=GUARD_DRAWS)
 
     def _train_each(self) -> tuple[Flow, Record]:
         """A flow for each mode, weighted by evidence. A checkpoint has none of them: they are trained anew."""
@@ -352,10 +370,8 @@ def _fresh_elbo(flow: Flow, density: LogDensity, generator: torch.Generator, num
     return elbo if math.isfinite(elbo) else -math.inf
 
 
-def _words(report: CompileReport | None) -> str:
+def _words(report: CompileReport) -> str:
     """What became of compiling, for ``posterior.config``."""
-    if report is None:
-        return "no: compile=False"
     speed = ""
     if report.compiled is not None:
         speed = f" ({1e3 * report.compiled:.3g} ms a call compiled, {1e3 * report.flat:.3g} ms flat)"

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flowvi.checks import positive_integers_or_none, positive_numbers_or_none
+from flowvi.checks import (
+    as_device,
+    as_seed,
+    flags_or_none,
+    float_or_double,
+    one_of,
+    positive_integers_or_none,
+    positive_numbers_or_none,
+    shown,
+    whole_numbers,
+)
 from flowvi.conditional_flow import ConditionalFlow, flow_at
 from flowvi.density_fit import DensityFit, DensityHistory, MeanLogProb
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
@@ -24,6 +34,7 @@ from flowvi.fit.rows import Rows, Scaling, as_rows, split
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
 from flowvi.threads import one_thread_if_small
+from flowvi.transforms.affine import AFFINE_KINDS
 from flowvi.transforms.networks import ZeroStart
 from flowvi.transforms.registry import FlowEntry, lookup
 
@@ -113,6 +124,16 @@ def fit_density(
     positive_numbers_or_none(lr=lr)
     if num_steps is not None and num_epochs is not None:
         raise OptionError("give num_steps or num_epochs, not both.")
+    seed = as_seed(seed)
+    flags_or_none(progress=progress)
+    float_or_double(dtype)
+    device = as_device(device)
+    if base is not None:
+        one_of(AFFINE_KINDS, base=base)
+    if num_flows is not None:
+        whole_numbers(num_flows=num_flows)
+    if not isinstance(flow, str) and not callable(flow):
+        raise OptionError(f"flow must be a name or a factory(input_dim, **options), not {shown(flow)}.")
     seed = secrets.randbits(31) if seed is None else seed
     rows = as_rows("x", x, dtype, device)
     data = Rows(rows, None if context is None else as_rows("context", context, rows.dtype, rows.device, len(rows)))

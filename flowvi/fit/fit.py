@@ -6,14 +6,29 @@ import math
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from pyro.infer import ELBO as PyroELBO
+from torch.utils.data import Dataset
 
-from flowvi.checks import positive_integers_or_none, positive_numbers_or_none
+from flowvi.checks import (
+    as_device,
+    as_path,
+    as_seed,
+    flags_or_none,
+    functions,
+    instances,
+    keywords,
+    one_of,
+    positive_integers_or_none,
+    positive_numbers_or_none,
+    shown,
+    whole_numbers,
+)
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError, UntrustedWarning
 from flowvi.files import plain
 from flowvi.fit.attempt import Attempt, Family, Plan, Trial
@@ -27,6 +42,7 @@ from flowvi.objectives import ELBO, BalancedELBO
 from flowvi.posterior import History, Posterior
 from flowvi.targets import as_density
 from flowvi.threads import one_thread_if_small
+from flowvi.transforms.affine import AFFINE_KINDS
 from flowvi.transforms.registry import FlowEntry, lookup
 
 if TYPE_CHECKING:
@@ -37,7 +53,9 @@ __all__ = ["fit"]
 NUM_PARTICLES = 256
 NUM_STEPS, NUM_STEPS_WHITENED = 4000, 3000
 AUTO_FLOW = "planar"
+RANKS_SHARE = ("particles", "restarts")
 LONG = 32  # layers, above which the step size falls as 1 / sqrt(K): the moves of K layers add up
+WIDE = 200  # D, above which it falls as 1 / sqrt(D): the entries of one direction's vector move all at once
 
 
 @overload
@@ -115,7 +133,7 @@ def fit(
         num_steps: steps of Adam; 3000 after whitening, else 4000.
         num_particles: S, draws per step; 256.
         lr: the largest step size; 4e-2 for planar and radial, 1e-2 for flows with networks; above K = 32 less,
-            as 1 / sqrt(K).
+            as 1 / sqrt(K), and above D = 200, as 1 / sqrt(D).
         anneal: True for beta from .01 to 1 over the first 30% of the steps, False for none, or a schedule
             step -> beta. None: for energies, and where the whitening's starts disagree.
         whiten: whether the best Gaussian is fitted first. None: for models and callables.
@@ -150,7 +168,8 @@ def fit(
             (`flowvi.AmortizedGuide`), and model and encoder are learnt together by minibatches: modules in place,
             `pyro.param` kept in the result. `args` is the data, tensors or a torch Dataset, and what else the model
             takes; the model's plate is as long as the minibatch it is given, pyro.plate("data", len(x)), or has the
-            size of all data and a subsample of that length. `num_steps` is 20,000 then, `num_particles` 1 per data
+            size of all data and a subsample of that length. Latents outside that plate are given all rows that are
+            learnt from (and none is held out by default). `num_steps` is 20,000 then, `num_particles` 1 per data
             point, `lr` 1e-3, and the objective `flowvi.PathELBO`, annealed where `anneal` says (True: over a tenth of
             the steps). An `IWELBO` is taken too.
         batch_size: with `encoder`, rows of a step; 100.
@@ -177,7 +196,22 @@ def fit(
         >>> posterior.sample(10)["z"].shape
         torch.Size([10, 2])
     """
+    seed = as_seed(seed)
+    flags_or_none(progress=progress, whiten=whiten, verify=verify)
+    device = as_device(device)
+    instances(ELBO if encoder is None else PyroELBO, type(None), objective=objective)
+    if not (anneal is None or isinstance(anneal, bool) or callable(anneal)):
+        raise OptionError(f"anneal must be True, False, a schedule step -> beta, or None, not {shown(anneal)}.")
+    if checkpoint is not None:
+        checkpoint = as_path("checkpoint", checkpoint)
+    if not isinstance(flow, str) and not callable(flow):
+        raise OptionError(f"flow must be a name or a factory(input_dim, **options), not {shown(flow)}.")
+    if num_flows is not None:
+        whole_numbers(num_flows=num_flows)
     if encoder is not None:
+        functions(encoder=encoder)
+        instances(torch.Tensor, Dataset, Sequence, args=args)
+        keywords(kwargs=kwargs)
         given = {
             "dim": dim, "whiten": whiten, "base": base, "restarts": restarts, "time_limit": time_limit,
             "dtype": dtype, "verify": verify or None,
@@ -186,7 +220,7 @@ def fit(
             raise OptionError(f"{', '.join(wrong)} can't go with encoder=: leave it out.")
         if not isinstance(flow, str):
             raise OptionError(f"with encoder= the flow is a registered name, not {flow!r}.")
-        if distributed not in (False, True):
+        if not isinstance(distributed, bool):
             raise OptionError(
                 f"with encoder= distributed is True or False, not {distributed!r}: minibatches are split."
             )
@@ -220,8 +254,10 @@ def fit(
             raise OptionError(f"{name_} goes with encoder=, by which minibatches are fitted.")
     positive_integers_or_none(num_steps=num_steps, num_particles=num_particles, restarts=restarts)
     positive_numbers_or_none(lr=lr, time_limit=time_limit, checkpoint_every=checkpoint_every)
-    if compile not in (None, True, False, "auto"):
-        raise OptionError(f"compile must be 'auto', True, False or None, not {compile!r}.")
+    if base is not None:
+        one_of(AFFINE_KINDS, base=base)
+    if not (compile is None or isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
+        raise OptionError(f"compile must be 'auto', True, False or None, not {shown(compile)}.")
     if objective is not None and (num_particles is not None or anneal is not None):
         raise OptionError("give either objective=, or num_particles= and anneal=: the objective has its own.")
     auto = isinstance(flow, str) and flow == "auto"
@@ -252,7 +288,7 @@ def fit(
     plan = Plan(
         num_steps=num_steps or (NUM_STEPS_WHITENED if whiten else NUM_STEPS),
         num_particles=num_particles or NUM_PARTICLES,
-        lr=lr or entry.lr * min(1.0, math.sqrt(LONG / max(1, num_flows))),
+        lr=lr or entry.lr * min(1.0, math.sqrt(LONG / max(1, num_flows))) * min(1.0, math.sqrt(WIDE / density.dim)),
         anneal=anneal if anneal is not None or not is_energy else True,
         whiten=whiten,
         objective=objective,
@@ -347,8 +383,8 @@ def fit(
 
 def _ranks(distributed: bool | str, restarts: int | None) -> tuple[Ranks, Ranks, int]:
     """The job's ranks, those over which the particles are split, and how many restarts there are."""
-    if distributed not in (False, True, "particles", "restarts"):
-        raise OptionError(f"distributed must be True, False, 'particles' or 'restarts', not {distributed!r}.")
+    if not (isinstance(distributed, bool) or (isinstance(distributed, str) and distributed in RANKS_SHARE)):
+        raise OptionError(f"distributed must be True, False, 'particles' or 'restarts', not {shown(distributed)}.")
     job = Ranks.join() if distributed else ALONE
     if distributed != "restarts" or job.world == 1:
         return job, job, restarts or 1

@@ -81,9 +81,17 @@ class Check:
 
 
 @torch.no_grad()
-def check(flow: Flow, density: LogDensity, generator: torch.Generator, *, num_steps: int, seconds: float) -> Check:
+def check(
+    flow: Flow,
+    density: LogDensity,
+    generator: torch.Generator,
+    *,
+    num_steps: int,
+    seconds: float,
+    num_draws: int = NUM_DRAWS,
+) -> Check:
     """Fresh draws of q, weighed."""
-    z, log_q = flow.rsample_and_log_prob(NUM_DRAWS, generator=generator)
+    z, log_q = flow.rsample_and_log_prob(num_draws, generator=generator)
     log_p = torch.cat([density.full(part) for part in z.split(1024)])
     found = judge(log_p.double().cpu().numpy(), log_q.double().cpu().numpy(), dim=flow.dim)
     spec = flow.spec
@@ -225,7 +233,7 @@ def run_rounds(
             found = ranks.same(check(flow, density, generator, num_steps=num_steps, seconds=seen.seconds))
             checks.append(found)
             before = best[0] if best is not None else checks[0] if whitened else None
-            if before is not None and _is_worse(found, before) and seen.stopped != "interrupted":
+            if before is not None and is_worse(found, before) and seen.stopped != "interrupted":
                 worse, lr = worse + 1, lr / 4
                 if worse > MAX_WORSE:
                     record.stopped = "the steps that were tried make it worse"
@@ -263,7 +271,7 @@ def run_rounds(
     return best[1], record, checks
 
 
-def _is_worse(found: Check, before: Check) -> bool:
+def is_worse(found: Check, before: Check) -> bool:
     """Whether a round lost what was there, beyond the noise."""
     lost = before.elbo - found.elbo
     return math.isfinite(before.elbo) and not lost < WORSE + 4 * math.hypot(before.elbo_se, found.elbo_se)

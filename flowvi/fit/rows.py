@@ -92,7 +92,7 @@ def as_rows(
     """A finite matrix, or an error that says what is wrong with it."""
     try:
         rows = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise OptionError(f"{name} must be a matrix of numbers, not {type(value).__name__}: {error}") from error
     if rows.dim() != 2 or rows.shape[1] == 0:
         hint = f" For one variable pass {name}[:, None]." if rows.dim() == 1 else ""
@@ -127,6 +127,8 @@ def split(
     if not isinstance(validation, int | float):
         dtype, device = data.x.dtype, data.x.device
         x = as_rows("validation", validation, dtype, device, dim=data.x.shape[1])
+        if not len(x):
+            raise DimensionError("validation has no rows: give a fraction of the data, or 0 for none.")
         if (data.context is None) != (validation_context is None):
             raise OptionError("validation_context goes with validation data and a context: give all of them.")
         context = None

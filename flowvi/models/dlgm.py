@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import SigmoidTransform
 from torch.nn import functional as F
 
-from flowvi.checks import positive_integers
+from flowvi.checks import instances, one_of, positive_integers
 from flowvi.errors import DimensionError, OptionError
 from flowvi.models.networks import Maxout
 
@@ -63,8 +63,8 @@ class DLGM(nn.Module):
         name: str = "dlgm",
     ) -> None:
         positive_integers(data_dim=data_dim, latent_dim=latent_dim, hidden=hidden, window=window)
-        if likelihood not in LIKELIHOODS:
-            raise OptionError(f"likelihood must be one of {sorted(LIKELIHOODS)}, not {likelihood!r}.")
+        one_of(LIKELIHOODS, likelihood=likelihood)
+        instances(str, name=name)
         super().__init__()
         self.data_dim, self.latent_dim, self.hidden, self.window = data_dim, latent_dim, hidden, window
         self.likelihood, self.name = likelihood, name

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flowvi.checks import as_device, float_or_double, keywords, positive_integers
 from flowvi.errors import OptionError, TargetError
 from flowvi.targets.density import Energy, LogDensity
 from flowvi.targets.model import ModelDensity, default_dtype
@@ -47,13 +48,13 @@ def as_density(
         return target
     if isinstance(args, str | bytes) or not isinstance(args, Sequence):
         raise OptionError(f"args must be a tuple of the model's arguments, such as args=(x, y), not {type(args)}.")
-    if not isinstance(kwargs, Mapping | None):
-        raise OptionError(f"kwargs must be a dict of the model's keyword arguments, not {type(kwargs)}.")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in (torch.float32, torch.float64)):
-        raise OptionError(f"dtype must be torch.float32 or torch.float64, not {dtype}.")
+    keywords(kwargs=kwargs)
+    float_or_double(dtype)
     dtype = dtype or default_dtype(args, kwargs)
-    where = torch.device(device) if device is not None else torch.get_default_device()
+    where = as_device(device) or torch.get_default_device()
     if isinstance(target, Energy):
+        if dim is not None:
+            positive_integers(dim=dim)
         if dim is not None and dim != target.dim:
             raise OptionError(f"the energy has dim {target.dim}, but dim={dim} was given: leave it out.")
         if args or kwargs:

@@ -105,11 +105,13 @@ class BatchedGraph:
         Args:
             z: (S, D).
             *shared: the shared inputs.
-            num_calls: how many calls are to come; None compiles in any case.
+            num_calls: how many calls are to come; 0 only flattens, and None compiles in any case.
         """
         flat = self.flatten(z, *shared)
         if flat is None:
             return CompileReport(False, "there is no flat graph of value and gradient")
+        if num_calls == 0:
+            return CompileReport(False, "it is only flattened")
         num_nodes = len(flat.graph.nodes)
         if num_calls is not None:
             flat_seconds = seconds_per_call(flat.forward, z, *shared)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from flowvi.checks import is_count, shown
 from flowvi.errors import DimensionError, OptionError
 from flowvi.targets.compiling import CompileReport
 from flowvi.targets.sites import Site
@@ -115,6 +116,7 @@ class LogDensity(ABC):
         Args:
             num_particles: S.
             num_calls: how many calls are to come; it is only tried if they would repay it. None: in any case.
+                0: never, but what comes before compiling is done, so that all calls from here round alike.
 
         Returns:
             Whether the compiled one is used, and why.
@@ -151,7 +153,7 @@ class LogDensity(ABC):
             z (S, D) and log|det dz/dx| (S,).
 
         Raises:
-            OptionError: If a site is missing.
+            OptionError: If a site is missing, or its value is no tensor of numbers.
             DimensionError: If a value has the wrong shape.
         """
         return self._unconstrain(self._packed(values))
@@ -185,6 +187,8 @@ class LogDensity(ABC):
         Raises:
             OptionError: There is no such coordinate.
         """
+        if not is_count(index, 0):
+            raise OptionError(f"index must be a whole number from 0 to {self.dim - 1}, not {shown(index)}.")
         start = 0
         for site in self.sites:
             shape = tuple(site.unconstrained_shape)
@@ -233,6 +237,9 @@ class LogDensity(ABC):
         return {}
 
     def _checked(self, z: Tensor) -> Tensor:
+        if not isinstance(z, Tensor) or z.is_complex():
+            kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
+            raise OptionError(f"{self.name} takes z as a real tensor of shape (S, {self.dim}), not {kind}")
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise DimensionError(
                 f"{self.name} takes z of shape (S, {self.dim}), S particles of {self.dim} coordinates each; "
@@ -242,6 +249,8 @@ class LogDensity(ABC):
 
     def _packed(self, values: Mapping[str, Any]) -> Tensor:
         """The latent sites' values as one tensor (S, total size)."""
+        if not isinstance(values, Mapping):
+            raise OptionError(f"values are a dict of tensors by site name, not {type(values).__name__}")
         columns: list[Tensor] = []
         for site in self.sites:
             if site.name not in values:
@@ -249,7 +258,12 @@ class LogDensity(ABC):
                     f"no value for the latent site {site.name!r}: give one of shape (S, *{tuple(site.shape)}) for "
                     f"each of {[s.name for s in self.sites]}"
                 )
-            value = torch.as_tensor(values[site.name]).to(self.device, self.dtype)
+            try:
+                value = torch.as_tensor(values[site.name]).to(self.device, self.dtype)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise OptionError(
+                    f"the value of site {site.name!r} can't be made a tensor of numbers: {error}"
+                ) from error
             particles = len(columns[0]) if columns else (value.shape[0] if value.ndim else 1)
             if value.shape != (particles, *site.shape):
                 raise DimensionError(

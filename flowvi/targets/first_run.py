@@ -72,9 +72,11 @@ def find_structure(runner: Runner) -> Structure:
                 run = runner(reader)
         except FlowVIError:
             raise
-        except (ArithmeticError, RuntimeError, ValueError) as error:
+        except (ArithmeticError, RuntimeError, ValueError) as error:  # another point may do
             failure = error
             continue
+        except Exception as error:
+            raise runner.failed(error) from error
         if not reader.unconstrained:
             if run.discrete:
                 names = ", ".join(repr(n["name"]) for n in run.discrete)
@@ -99,6 +101,8 @@ def find_structure(runner: Runner) -> Structure:
         except (ArithmeticError, RuntimeError, ValueError) as error:
             failure = error
             continue
+        except Exception as error:
+            raise runner.failed(error) from error
         varying = [n for n in run.deterministic if n["value"].shape != summed.nodes[n["name"]]["value"].shape]
         return Structure(
             z=z,
@@ -179,7 +183,10 @@ def _validate_values(runner: Runner, run: Run) -> None:
 
 def _why(runner: Runner, run: Run | None, data: Mapping[str, Tensor], failure: Exception | None) -> TargetError:
     """Why log p is finite at none of the points."""
-    parts = {} if run is None else run.site_log_probs()
+    try:
+        parts = {} if run is None else run.site_log_probs()
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        parts, failure = {}, failure or error
     wrong = [name for name, value in parts.items() if not math.isfinite(value)]
     for name in wrong:
         value = data.get(name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from flowvi.checks import positive_integers, whole_numbers
 from flowvi.errors import FlowVIError, HeldFixedWarning, NonFiniteError, SlowPathWarning, TargetError, TraceError
 from flowvi.targets.batch import BatchedGraph
 from flowvi.targets.compiling import CompileReport
@@ -122,6 +123,10 @@ class ModelDensity(LogDensity):
                 value = self._outputs(z, *indices)["log_p"]
             except (ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 return z.new_tensor(math.nan), torch.full_like(z, math.nan)
+            except FlowVIError:
+                raise
+            except Exception as error:
+                raise self._runner.failed(error) from error
             if not value.requires_grad:
                 return value, torch.zeros_like(z)
             try:
@@ -280,7 +285,7 @@ class ModelDensity(LogDensity):
     def _each(self, z: Tensor, prefix: str) -> dict[str, Tensor]:
         """The outputs whose names start so, by one run of the model for each particle."""
         indices = self._indices()
-        with self._runner.isolated():
+        with self._runner.isolated(), self._runner.typed():
             rows = [self._outputs(row, *indices) for row in z]
         return {k: torch.stack([r[k] for r in rows]) for k in rows[0] if k.startswith(prefix)}
 
@@ -306,6 +311,9 @@ class ModelDensity(LogDensity):
 
     def compile(self, num_particles: int, *, num_calls: int | None = None) -> CompileReport:
         """See `LogDensity`."""
+        positive_integers(num_particles=num_particles)
+        if num_calls is not None:
+            whole_numbers(num_calls=num_calls)
         if self._graph is None:
             return super().compile(num_particles)
         generator = torch.Generator().manual_seed(0)
@@ -338,7 +346,7 @@ class ModelDensity(LogDensity):
             names, graph = self._inverse
             found = dict(zip(names, graph(x, *indices), strict=True))
         else:
-            with self._runner.isolated():
+            with self._runner.isolated(), self._runner.typed():
                 rows = [self._inverse_outputs(row, *indices) for row in x]
             found = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
         log_det = found["log_det"].to(self.dtype)

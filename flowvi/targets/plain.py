@@ -10,6 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from flowvi.checks import is_count, positive_integers
 from flowvi.errors import DimensionError, FlowVIError, NonFiniteError, OptionError, TargetError
 from flowvi.targets.batch import close
 from flowvi.targets.compiling import CompileReport, compile_flat
@@ -32,11 +33,13 @@ class PlainDensity(LogDensity):
         log_normalizer: log of its integral, where known.
         value_and_grad: z -> log p (S,) and its gradient (S, D) without autograd, where there is a faster way.
 
+    Whatever the function raises, then or in a later call, comes out as a `TargetError` with the original as its cause.
+
     Raises:
         OptionError: If D is not a positive integer.
         DimensionError: If the function can't take D coordinates or returns another shape than (S,).
         NonFiniteError: If it is finite nowhere.
-        TargetError: If it has no gradient.
+        TargetError: If it fails, has no gradient, gives other values each time, or mixes the rows of z.
     """
 
     path = "callable"
@@ -52,7 +55,7 @@ class PlainDensity(LogDensity):
         log_normalizer: float | None = None,
         value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        if not is_count(dim):
             raise OptionError(f"dim must be a positive integer, the number of coordinates of z; got {dim!r}")
         self.name, self.dim, self.dtype, self.device = name, dim, dtype, device
         self.log_normalizer, self.kwargs = log_normalizer, {}
@@ -67,40 +70,69 @@ class PlainDensity(LogDensity):
     def of_energy(cls, energy: Energy, *, dtype: torch.dtype, device: torch.device) -> PlainDensity:
         """The density proportional to exp(-U) of an energy."""
         name = getattr(energy, "name", None)
-        try:
-            log_normalizer = getattr(energy, "log_normalizer", None)
-        except FlowVIError:  # an energy may say so where it has none
-            log_normalizer = None
         return cls(
             energy.log_density,
             energy.dim,
             dtype=dtype,
             device=device,
             name=name if isinstance(name, str) else type(energy).__name__,
-            log_normalizer=None if log_normalizer is None else float(log_normalizer),
+            log_normalizer=_log_normalizer(energy),
             value_and_grad=getattr(energy, "log_density_and_grad", None),
         )
 
     def _log_prob(self, z: Tensor) -> Tensor:
-        return self._function(z)
+        return self._checked_value(self._call(self._function, z), z)
 
     def _value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         compiled = self._compiled.get(len(z))
-        if compiled is not None or self._own_value_and_grad is not None:
+        if compiled is not None:
             with torch.no_grad():
-                value, grad = (compiled or self._own_value_and_grad)(z)  # type: ignore[misc]
+                value, grad = compiled(z)
             return value, grad
+        if self._own_value_and_grad is not None:
+            return self._by_itself(self._own_value_and_grad, z)
         return self._by_autograd(z)
+
+    def _by_itself(self, function: Callable[[Tensor], Any], z: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and gradient by the energy's own `log_density_and_grad`."""
+        with torch.no_grad():
+            found = self._call(function, z)
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in _items(found)]
+        expected = [(len(z),), tuple(z.shape)]
+        if shapes != expected:
+            raise DimensionError(
+                f"log_density_and_grad of {self.name} returned {shapes} for z of shape {tuple(z.shape)}, expected "
+                f"{expected}: log p (S,) and its gradient (S, D)"
+            )
+        value, grad = found
+        return value, grad
 
     def _by_autograd(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            value = self._function(z)
-            (grad,) = torch.autograd.grad(value.sum(), z)
+            value = self._log_prob(z)
+            grad = self._gradient(value, z)
         return value.detach(), grad
+
+    def _gradient(self, value: Tensor, z: Tensor) -> Tensor:
+        """The gradient (S, D) of the value, or the error that says why there is none."""
+        grad, failure = None, None
+        if value.requires_grad:
+            try:
+                (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
+            except RuntimeError as error:
+                failure = error
+        if grad is None:
+            why = "" if failure is None else f" ({str(failure).strip()})"
+            raise TargetError(
+                f"{self._called_with(z)} has no gradient with respect to z{why}: write it in torch operations all the "
+                "way, without .detach(), .item(), numpy, torch.no_grad(), or values that depend on no z"
+            ) from failure
+        return grad
 
     def compile(self, num_particles: int, *, num_calls: int | None = None) -> CompileReport:
         """See `LogDensity`; only if asked for: a function may depend on more than z, and compiling freezes that."""
+        positive_integers(num_particles=num_particles)
         if num_calls is not None:
             return CompileReport(False, "a function is compiled with compile=True only")
         generator = torch.Generator().manual_seed(0)
@@ -115,7 +147,7 @@ class PlainDensity(LogDensity):
 
         try:
             flat = trace(both, {"z": z}).module("value", "grad")
-        except (FlowVIError, RuntimeError) as error:
+        except Exception as error:  # whatever the function raises on a traced z
             return CompileReport(False, f"it can't be traced: {error}")
         if not all(close(a, b) for a, b in zip(flat(z), self._by_autograd(z), strict=True)):
             return CompileReport(False, "its graph gives other values")
@@ -130,40 +162,119 @@ class PlainDensity(LogDensity):
     def _unconstrain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.where(x.isfinite().all(1), 0.0, math.nan).to(x)
 
+    # What somebody else's function may do wrong.
+
+    def _called_with(self, z: Tensor) -> str:
+        return f"the log density {self.name} with z of shape (S, dim) = {tuple(z.shape)}"
+
+    def _call(self, function: Callable[[Tensor], Any], z: Tensor) -> Any:
+        """What the function gives for z; whatever it raises is a typed error."""
+        try:
+            return function(z)
+        except FlowVIError:
+            raise
+        except Exception as error:
+            kind = DimensionError if _is_about_shapes(error) else TargetError
+            text = str(error).strip() or "no message"
+            raise kind(
+                f"{self._called_with(z)} failed with {type(error).__name__}: {text}. Is dim={self.dim} right?"
+            ) from error
+
+    def _checked_value(self, value: Any, z: Tensor) -> Tensor:
+        """The value, if it is one real number for each row of z."""
+        if not isinstance(value, Tensor) or value.shape != z.shape[:1]:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise DimensionError(
+                f"{self._called_with(z)} returned {got}, expected ({len(z)},): one log density for each row of z"
+            )
+        if not value.is_floating_point():
+            raise TargetError(f"{self._called_with(z)} returned {value.dtype}: log p is a real floating number")
+        return value
+
     def _probe(self) -> None:
-        """Evaluates once, at 20 points in U(-2, 2), and says what is wrong with what comes back."""
+        """Evaluates at 20 points in U(-2, 2), and says what is wrong with what comes back."""
         particles = 20 if self.dim != 20 else 21  # so that a sum over the wrong axis shows
         generator = torch.Generator().manual_seed(0)
         z = torch.rand(particles, self.dim, generator=generator, dtype=self.dtype) * 4 - 2
-        z = z.to(self.device).requires_grad_()
-        call = f"the log density {self.name} with z of shape (S, dim) = ({particles}, {self.dim})"
+        z = z.to(self.device)
         with torch.enable_grad():
-            value: Any = self._try(call, z)
-        if not isinstance(value, Tensor) or value.shape != (particles,):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise DimensionError(f"{call} returned {got}, expected ({particles},): one log density for each row of z")
-        if not value.isfinite().any():
-            raise NonFiniteError(
-                f"{call} is finite at none of {particles} points in U(-2, 2), but {value[0].item()}: it must be "
-                "finite around the origin; shift or scale its coordinates, or mend the NaN"
-            )
-        grad = None
-        if value.requires_grad:
-            (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
-        if grad is None:
-            raise TargetError(
-                f"{call} has no gradient with respect to z: write it in torch operations all the way, without "
-                ".detach(), .item(), numpy or torch.no_grad()"
-            )
+            given = z.clone().requires_grad_()
+            value = self._log_prob(given)
+            if not value.isfinite().any():
+                raise NonFiniteError(
+                    f"{self._called_with(z)} is finite at none of {particles} points in U(-2, 2), but "
+                    f"{value[0].item()}: it must be finite around the origin; shift or scale its coordinates, or mend "
+                    "the NaN"
+                )
+            grad = self._gradient(value, given)
+        self._probe_rows(z, value.detach())
+        if self._own_value_and_grad is not None:
+            self._probe_own(z, value.detach(), grad)
 
-    def _try(self, call: str, z: Tensor) -> Any:
-        try:
-            return self._function(z)
-        except FlowVIError:
-            raise
-        except (IndexError, RuntimeError, ValueError) as error:
-            kind = DimensionError if _is_about_shapes(error) else TargetError
-            raise kind(f"{call} failed: {str(error).strip()}. Is dim={self.dim} right?") from error
+    def _probe_rows(self, z: Tensor, value: Tensor) -> None:
+        """Each log p is its own row's: the seven likeliest rows alone have the values that they have among all."""
+        rows = value.nan_to_num(-math.inf).argsort()[-7:]  # of another mean than all, and in another order
+        with torch.no_grad():
+            again = self._log_prob(z.clone())
+            alone = self._log_prob(z[rows])
+        if not close(again, value):
+            raise TargetError(
+                f"{self._called_with(z)} gives other values each time it is called: it draws random numbers, keeps a "
+                "state, or changes z in place. Make it a function of z alone (call eval() on its modules)"
+            )
+        if _alike(alone, value[rows]):
+            return
+        other = int((~torch.isclose(alone, value[rows], equal_nan=True)).nonzero()[0])
+        raise TargetError(
+            f"{self._called_with(z)} mixes the rows of z: one row's log p is {value[rows][other].item():.6g} among "
+            f"{len(z)} rows and {alone[other].item():.6g} among {len(alone)}. Row i of the result must depend on z[i] "
+            "alone: look for a mean, sum, maximum, sort or batch norm over dim 0, and give dim=-1 instead"
+        )
+
+    def _probe_own(self, z: Tensor, value: Tensor, grad: Tensor) -> None:
+        """The energy's own value and gradient are those of its log density."""
+        assert self._own_value_and_grad is not None
+        found = self._by_itself(self._own_value_and_grad, z.clone())
+        for what, mine, expected in zip(("value", "gradient"), found, (value, grad), strict=True):
+            fine = mine.isfinite() & expected.isfinite()
+            if not _alike(mine[fine], expected[fine]):
+                raise TargetError(
+                    f"log_density_and_grad of {self.name} gives another {what} than its log_density by autograd at "
+                    f"{len(z)} points in U(-2, 2): mend it or leave it out"
+                )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal but for what rounding may do to a badly conditioned function; finite at the same places."""
+    fine, eps = b.isfinite(), max(torch.finfo(t.dtype).eps for t in (a, b))
+    if not torch.equal(a.isfinite(), fine):
+        return False
+    a, b = a[fine].double(), b[fine].double()
+    if not len(b):
+        return True
+    tolerance = eps**0.25 * (b.max() - b.min()) + 10 * eps * b.abs().max()
+    return bool(((a - b).abs() <= tolerance).all())
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _log_normalizer(energy: Energy) -> float | None:
+    """Log of the integral of an energy's exp(-U), None where it has none or says that it has none."""
+    try:
+        value = getattr(energy, "log_normalizer", None)
+    except (FlowVIError, NotImplementedError):
+        return None
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TargetError(f"log_normalizer of an energy is a number or None, not {value!r}.") from error
+    if not math.isfinite(number):
+        raise TargetError(f"log_normalizer of an energy is a finite number or None, not {number}.")
+    return number
 
 
 def _is_about_shapes(error: Exception) -> bool:

@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from flowvi.errors import FlowVIError, TargetError
 from flowvi.targets.enumeration import EnumeratedRun, Enumeration
 from flowvi.targets.isolation import HeldParameters, all_data, dtype_and_device, no_validation, private_rng
 from flowvi.targets.run import Run
@@ -90,6 +91,23 @@ class Runner:
         if self.enumeration is None:
             return Run(tracer.trace.nodes, reader.log_det)
         return EnumeratedRun(tracer.trace, reader.log_det, self.enumeration)
+
+    def failed(self, error: Exception) -> TargetError:
+        """What to raise from an error that the model raised."""
+        text = str(error).strip() or "no message"
+        return TargetError(
+            f"the model {self.name} failed with {type(error).__name__}: {text}. The error above is its own"
+        )
+
+    @contextmanager
+    def typed(self) -> Iterator[None]:
+        """Whatever the model raises inside is a `TargetError`, with the original as its cause."""
+        try:
+            yield
+        except FlowVIError:
+            raise
+        except Exception as error:
+            raise self.failed(error) from error
 
     def parameter_names(self, run: Run, recorded: list[Tensor]) -> list[str]:
         """The names of the parameters that a run or a graph reads."""

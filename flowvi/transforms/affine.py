@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowvi.errors import OptionError
+from flowvi.checks import as_tensor, one_of, positive_integers_or_none
+from flowvi.errors import DimensionError, OptionError
 from flowvi.kernels.affine import AffineStep
 from flowvi.transforms.base import Transform
 
 AFFINE_KINDS = ("diag", "low_rank", "full")
+
+START_LENGTH = 0.14
+"""The length at which the columns of V start, at most: each widens one direction by its square, whatever D is."""
 
 
 def default_rank(dim: int) -> int:
@@ -30,7 +34,7 @@ class Affine(Transform):
     r"""f(z) = loc + A z with A = diag(e^l) (I + N), by `kind` N = 0, N = V V^T (rank R) or N strictly lower.
 
     It starts at A = scale I, exactly for "diag" and "full"; for "low_rank" V starts at 0.01 times a standard
-    normal, since its gradient vanishes at 0.
+    normal, above D = 200 at less, since its gradient vanishes at 0.
 
     Args:
         input_dim: D.
@@ -41,6 +45,7 @@ class Affine(Transform):
 
     Raises:
         OptionError: an argument can't be used.
+        DimensionError: loc or scale has another shape.
 
     Example:
         >>> import torch
@@ -61,18 +66,19 @@ class Affine(Transform):
         scale: Tensor | float = 1.0,
     ) -> None:
         super().__init__(input_dim)
-        if kind not in AFFINE_KINDS:
-            raise OptionError(f"kind must be one of {', '.join(AFFINE_KINDS)}, not {kind!r}.")
-        if not bool((torch.as_tensor(scale) > 0).all()):
-            raise OptionError(f"scale must be positive, not {scale!r}.")
+        one_of(AFFINE_KINDS, kind=kind)
+        positive_integers_or_none(rank=rank)
         self.kind = kind
-        loc_, scale_ = torch.as_tensor(loc), torch.as_tensor(scale)
+        loc_, scale_ = (_number_or_vector(name, v, input_dim) for name, v in (("loc", loc), ("scale", scale)))
+        if not bool((scale_ > 0).all()):
+            raise OptionError(f"scale must be positive, not {scale!r}.")
         dtype = loc_.dtype if loc_.is_floating_point() else torch.get_default_dtype()
         self.loc = nn.Parameter(loc_.detach().to(dtype).expand(input_dim).clone())
         self.log_scale = nn.Parameter(scale_.detach().to(self.loc).expand(input_dim).log())
         if kind == "low_rank":
             self.rank = min(rank or default_rank(input_dim), input_dim)
-            self.factor = nn.Parameter(0.01 * torch.randn(input_dim, self.rank).to(self.loc))
+            size = min(0.01, START_LENGTH / input_dim**0.5)  # of an entry
+            self.factor = nn.Parameter(size * torch.randn(input_dim, self.rank).to(self.loc))
         elif kind == "full":
             self.lower = nn.Parameter(torch.zeros(input_dim, input_dim).to(self.loc))
 
@@ -161,6 +167,13 @@ class Affine(Transform):
     def extra_repr(self) -> str:
         """What print() shows between the brackets."""
         return f"D={self.input_dim}, {self.kind}" + (f", rank={self.rank}" if self.kind == "low_rank" else "")
+
+
+def _number_or_vector(name: str, value: Any, dim: int) -> Tensor:
+    found = as_tensor(name, value)
+    if found.shape not in ((), (1,), (dim,)):
+        raise DimensionError(f"{name} must be a number or have shape (D,) = ({dim},), not {tuple(found.shape)}.")
+    return found
 
 
 def affine(input_dim: int, kind: str = "diag", **options: object) -> Affine:

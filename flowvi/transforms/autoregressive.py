@@ -29,6 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowvi.checks import instances, layer_sizes, one_of, shown
 from flowvi.errors import OptionError
 from flowvi.transforms.elementwise import Elementwise, SoftClippedAffine
 from flowvi.transforms.masked import MaskedNetwork
@@ -71,16 +72,16 @@ class Autoregressive(NetworkTransform):
         activation: str = "relu",
     ) -> None:
         super().__init__(input_dim, context_dim=context_dim)
-        if fast not in ("forward", "inverse"):
-            raise OptionError(f"fast must be 'forward' or 'inverse', not {fast!r}.")
-        if isinstance(order, str):
-            if order != "random":
-                raise OptionError(
-                    f"order must be a permutation of 0..{input_dim - 1}, 'random' or None, not {order!r}."
-                )
+        one_of(("forward", "inverse"), fast=fast)
+        instances(Elementwise, elementwise=elementwise)
+        if hidden_dims is not None:
+            layer_sizes(hidden_dims)
+        if isinstance(order, str) and order == "random":
             order = torch.randperm(input_dim).tolist()
-        if order is not None and sorted(order) != list(range(input_dim)):
-            raise OptionError(f"order must be a permutation of 0..{input_dim - 1}, 'random' or None, not {order!r}.")
+        if order is not None and not _is_permutation(order, input_dim):
+            raise OptionError(
+                f"order must be a permutation of 0..{input_dim - 1}, 'random' or None, not {shown(order)}."
+            )
         indices = None if order is None else torch.tensor([int(i) for i in order])
         self.register_buffer("order", indices)
         self.register_buffer("rank", None if indices is None else torch.argsort(indices))
@@ -130,7 +131,7 @@ class Autoregressive(NetworkTransform):
         y, context, batch = _flat(self._sorted(y), context)
         columns = y.unbind(-1)
         x, log_slope = self.network.solve(lambda i, theta: self.elementwise.inverse(columns[i], theta), y, context)
-        return self._unsorted(x).reshape(*batch, -1), log_slope.sum(-1).reshape(batch)
+        return self._unsorted(x).reshape(*batch, self.input_dim), log_slope.sum(-1).reshape(batch)
 
     def _score_slow(self, x: Tensor, score: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         y, log_det = self._step_by_step(x, context)
@@ -153,11 +154,18 @@ class Autoregressive(NetworkTransform):
         weights, biases = self.network.flat_layers(context)
         y, log_det, new = _WithScore.apply(self, x, score, *weights, *biases)
         y, new = self._unsorted(y), self._unsorted(new)
-        return y.reshape(*batch, -1), log_det.reshape(batch), new.reshape(*batch, -1)
+        return y.reshape(*batch, self.input_dim), log_det.reshape(batch), new.reshape(*batch, self.input_dim)
 
     def extra_repr(self) -> str:
         """What print() shows between the brackets."""
         return f"D={self.input_dim}, {self.elementwise}"
+
+
+def _is_permutation(order: Any, num: int) -> bool:
+    try:
+        return sorted(int(i) for i in order) == list(range(num))
+    except (TypeError, ValueError):
+        return False
 
 
 class _FirstOnly(DenseNetwork):
@@ -207,8 +215,8 @@ def _flat(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, tor
     batch = x.shape[:-1]
     if context is not None:
         batch = torch.broadcast_shapes(batch, context.shape[:-1])
-        context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
-    return x.expand(*batch, -1).reshape(-1, x.shape[-1]), context, batch
+        context = context.expand(*batch, -1).reshape(batch.numel(), context.shape[-1])
+    return x.expand(*batch, -1).reshape(batch.numel(), x.shape[-1]), context, batch
 
 
 class IAF(Autoregressive):

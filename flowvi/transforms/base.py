@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform as TorchTransform
 
-from flowvi.checks import positive_integers
+from flowvi.checks import as_shape, positive_integers, shown
 from flowvi.errors import DimensionError, OptionError
 
 
@@ -92,6 +92,10 @@ class InvertibleMap(TorchTransform):
     # The contract of torch.distributions.Transform.
 
     def _check(self, value: Tensor, what: str) -> None:
+        if not isinstance(value, Tensor):
+            raise OptionError(
+                f"{type(self).__name__} takes {what} as a tensor of shape (..., {self.input_dim}), not {shown(value)}."
+            )
         if value.dim() == 0 or value.shape[-1] != self.input_dim:
             raise DimensionError(
                 f"{type(self).__name__} acts on the last dimension, of size D = {self.input_dim}, but {what} has "
@@ -201,6 +205,7 @@ class InvertibleMap(TorchTransform):
         return self._check_shape(shape)
 
     def _check_shape(self, shape: torch.Size) -> torch.Size:
+        shape = as_shape("shape", shape)
         if len(shape) < 1 or shape[-1] != self.input_dim:
             raise DimensionError(
                 f"{type(self).__name__} has D = {self.input_dim}, but is asked to act on shape {tuple(shape)}: "
@@ -210,10 +215,9 @@ class InvertibleMap(TorchTransform):
 
     def with_cache(self, cache_size: int = 1) -> InvertibleMap:
         """The same transform, sharing its parameters, with another cache size (0 or 1)."""
+        _check_cache_size(cache_size)
         if cache_size == self._cache_size:
             return self
-        if cache_size not in (0, 1):
-            raise OptionError(f"cache_size must be 0 or 1, not {cache_size}.")
         twin = copy.copy(self)
         twin._cache_size = cache_size
         return twin
@@ -224,6 +228,32 @@ class InvertibleMap(TorchTransform):
         state["_cached_x_y"] = None, None
         state["_pair"] = None
         return state
+
+
+def _check_cache_size(cache_size: Any) -> None:
+    if not (isinstance(cache_size, int) and cache_size in (0, 1)):
+        raise OptionError(f"cache_size must be 0 or 1, not {shown(cache_size)}.")
+
+
+def check_context(context: Any, context_dim: int, like: Tensor) -> None:
+    """A context (..., C) of the parameters' dtype.
+
+    Raises:
+        OptionError: it is not a tensor, or of another dtype.
+        DimensionError: its last dimension is not C.
+    """
+    if not isinstance(context, Tensor):
+        raise OptionError(f"context must be a tensor of shape (..., {context_dim}), not {shown(context)}.")
+    if context.dim() == 0 or context.shape[-1] != context_dim:
+        raise DimensionError(
+            f"a context of size C = {context_dim} in its last dimension is needed, not one of shape "
+            f"{tuple(context.shape)}."
+        )
+    if context.dtype != like.dtype:
+        raise OptionError(
+            f"context is {context.dtype}, but the parameters are {like.dtype}: convert one of them, for example by "
+            f"context.to({like.dtype})."
+        )
 
 
 class Transform(InvertibleMap, TransformModule):
@@ -237,11 +267,12 @@ class Transform(InvertibleMap, TransformModule):
         cache_size: 1 to remember the last pair (x, y), 0 to remember none.
 
     Raises:
-        OptionError: input_dim is not a positive integer.
+        OptionError: input_dim is not a positive integer, or cache_size neither 0 nor 1.
     """
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
         positive_integers(input_dim=input_dim)
+        _check_cache_size(cache_size)
         super().__init__(cache_size=cache_size)
         self.input_dim = input_dim
 

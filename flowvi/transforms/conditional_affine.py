@@ -14,6 +14,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from flowvi.checks import positive_integers
 from flowvi.transforms.base import Conditioned
 from flowvi.transforms.planar import hypernetwork
 
@@ -68,6 +69,7 @@ class ConditionalAffine(ConditionalTransformModule):
 
     def __init__(self, input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None) -> None:
         super().__init__()
+        positive_integers(input_dim=input_dim)
         self.nn = hypernetwork(context_dim, hidden_dims, [torch.zeros(input_dim), torch.zeros(input_dim)])
         self.linear = nn.Linear(context_dim, input_dim, bias=False)
         nn.init.zeros_(self.linear.weight)

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flowvi.checks import positive_integers
+from flowvi.checks import finite_numbers, instances, positive_integers
 from flowvi.transforms.elementwise import Additive, Elementwise, SoftClippedAffine
 from flowvi.transforms.mixing import Mixing, make_mixing
 from flowvi.transforms.networked import ConditionalNetworkTransform, NetworkTransform
@@ -69,6 +69,8 @@ class Coupling(NetworkTransform):
     ) -> None:
         super().__init__(input_dim, context_dim=context_dim)
         positive_integers(num_flows=num_flows)
+        instances(Elementwise, elementwise=elementwise)
+        finite_numbers(start=start)
         self.elementwise, self.num_flows = elementwise, num_flows
         self.activation = activation
         self._sizes = input_dim // 2, input_dim - input_dim // 2

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowvi.errors import OptionError
+from flowvi.checks import positive_numbers
 
 
 class Elementwise:
@@ -112,14 +112,13 @@ class SoftClippedAffine(Elementwise):
         clip: c, the bound of the log-scale.
 
     Raises:
-        OptionError: c is not positive.
+        OptionError: c is not a positive number.
     """
 
     num_params = 2
 
     def __init__(self, clip: float = 3.0) -> None:
-        if not clip > 0:
-            raise OptionError(f"clip must be positive, not {clip!r}.")
+        positive_numbers(clip=clip)
         self.clip = clip
 
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:

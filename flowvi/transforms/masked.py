@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowvi.checks import layer_sizes
+from flowvi.checks import layer_sizes, one_of
 from flowvi.errors import OptionError
 from flowvi.transforms.networks import ACTIVATIONS, ZeroStart
 
@@ -78,8 +78,7 @@ class MaskedNetwork(ZeroStart):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise OptionError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
+        one_of(ACTIVATIONS, activation=activation)
         layer_sizes(hidden_dims)
         self.input_dim, self.num_params, self.context_dim, self.activation = (
             input_dim,

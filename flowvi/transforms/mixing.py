@@ -17,7 +17,7 @@ import torch
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
-from flowvi.checks import positive_integers
+from flowvi.checks import one_of, positive_integers
 from flowvi.errors import OptionError
 from flowvi.transforms.base import Conditioned, Transform
 from flowvi.transforms.planar import hypernetwork
@@ -108,8 +108,7 @@ def make_mixing(kind: str, input_dim: int) -> Mixing:
     Raises:
         OptionError: there is none of this name.
     """
-    if kind not in MIXINGS:
-        raise OptionError(f"mixing must be one of {', '.join(MIXINGS)}, not {kind!r}.")
+    one_of(MIXINGS, mixing=kind)
     return MIXINGS[kind](input_dim)
 
 
@@ -219,6 +218,7 @@ class ConditionalHouseholder(ConditionalTransformModule):
         self, input_dim: int, context_dim: int, num_pairs: int = 1, hidden_dims: Sequence[int] | None = None
     ) -> None:
         super().__init__()
+        positive_integers(input_dim=input_dim, num_pairs=num_pairs)
         _check_dimension(input_dim)
         self.shape = (num_pairs, input_dim)
         start = _unit_vectors(num_pairs, input_dim).reshape(-1)

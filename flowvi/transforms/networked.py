@@ -11,8 +11,8 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
-from flowvi.errors import DimensionError
-from flowvi.transforms.base import InvertibleMap, Transform
+from flowvi.checks import whole_numbers
+from flowvi.transforms.base import InvertibleMap, Transform, check_context
 
 
 class NetworkTransform(Transform):
@@ -23,11 +23,12 @@ class NetworkTransform(Transform):
         context_dim: C, the size of the context; 0 for none.
 
     Raises:
-        OptionError: input_dim is not a positive integer.
+        OptionError: input_dim is not a positive integer, or context_dim negative.
     """
 
     def __init__(self, input_dim: int, *, context_dim: int = 0) -> None:
         super().__init__(input_dim)
+        whole_numbers(context_dim=context_dim)
         self.context_dim = context_dim
 
     # The mathematics, one family each; context is (..., C), broadcast against the batch of x, or None.
@@ -112,11 +113,8 @@ class ConditionalNetworkTransform(ConditionalTransformModule):
         """The transform at a context of shape (..., C), acting on points (..., D).
 
         Raises:
-            DimensionError: the context's last dimension is not C.
+            OptionError: the context is not a tensor of the parameters' dtype.
+            DimensionError: its last dimension is not C.
         """
-        if context.dim() == 0 or context.shape[-1] != self.transform.context_dim:
-            raise DimensionError(
-                f"this transform takes a context of size C = {self.transform.context_dim} in its last dimension, "
-                f"not one of shape {tuple(context.shape)}."
-            )
+        check_context(context, self.transform.context_dim, next(self.transform.parameters()))
         return WithContext(self.transform, context)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowvi.checks import layer_sizes
+from flowvi.checks import layer_sizes, one_of
 from flowvi.errors import OptionError
 
 # name -> (the function, in-place form, g * act'(.) from g and the output h): a tape of outputs is enough for all three
@@ -74,8 +74,7 @@ class DenseNetwork(ZeroStart):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise OptionError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
+        one_of(ACTIVATIONS, activation=activation)
         layer_sizes(hidden_dims)
         self.input_dim, self.output_dim, self.context_dim = input_dim, output_dim, context_dim
         self.activation = activation

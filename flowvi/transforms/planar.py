@@ -16,15 +16,14 @@ from pyro.nn import DenseNN
 from torch import Tensor, nn
 
 from flowvi import kernels
-from flowvi.checks import positive_integers
+from flowvi.checks import functions, layer_sizes, one_of, positive_integers
 from flowvi.errors import OptionError
 from flowvi.kernels import planar as math_
-from flowvi.transforms.base import Conditioned, Transform
+from flowvi.transforms.base import Conditioned, Transform, check_context
 
 
 def _check_constraint(constraint: str) -> str:
-    if constraint not in math_.CONSTRAINTS:
-        raise OptionError(f"constraint must be one of {', '.join(math_.CONSTRAINTS)}, not {constraint!r}.")
+    one_of(math_.CONSTRAINTS, constraint=constraint)
     return constraint
 
 
@@ -195,6 +194,7 @@ class ConditionalPlanar(ConditionalTransformModule):
 
     def __init__(self, nn: nn.Module, *, constraint: str = "squareplus") -> None:
         super().__init__()
+        functions(nn=nn)
         self.nn = nn
         self.constraint = _check_constraint(constraint)
 
@@ -204,21 +204,48 @@ class ConditionalPlanar(ConditionalTransformModule):
         return Conditioned(Planar, (w, u, bias.squeeze(-1)), constraint=self.constraint)
 
 
-def hypernetwork(context_dim: int, hidden_dims: Sequence[int] | None, starts: Sequence[Tensor]) -> DenseNN:
+class Hypernetwork(DenseNN):
+    """A dense network from a context (..., C), which it checks, to parameters."""
+
+    def forward(self, context: Tensor) -> Any:
+        """Each parameter at the context, (..., n)."""
+        check_context(context, self.input_dim, self.layers[0].weight)
+        return super().forward(context)
+
+
+def hypernetwork(context_dim: int, hidden_dims: Sequence[int] | None, starts: Sequence[Tensor]) -> Hypernetwork:
     """A dense network from a context to parameters, which starts at `starts` for every context.
 
     Args:
         context_dim: C, the context's size.
         hidden_dims: sizes of the hidden layers; two of max(16, 10 C) by default.
         starts: the first value of each parameter, (n,) each.
+
+    Raises:
+        OptionError: a size is not a positive integer, or there is no hidden layer.
     """
-    hidden = list(hidden_dims) if hidden_dims is not None else [max(16, 10 * context_dim)] * 2
-    net = DenseNN(context_dim, hidden, param_dims=[s.numel() for s in starts])
+    hidden = hidden_sizes(context_dim, hidden_dims)
+    if not hidden:
+        raise OptionError("hidden_dims is empty: give this network a hidden layer, such as hidden_dims=(32,).")
+    net = Hypernetwork(context_dim, hidden, param_dims=[s.numel() for s in starts])
     last = net.layers[-1]
     with torch.no_grad():
         last.weight.zero_()
         last.bias.copy_(torch.cat([s.reshape(-1) for s in starts]))
     return net
+
+
+def hidden_sizes(context_dim: int, hidden_dims: Sequence[int] | None) -> list[int]:
+    """The sizes of a hypernetwork's hidden layers; two of max(16, 10 C) by default.
+
+    Raises:
+        OptionError: one of them, or C, is not a positive integer.
+    """
+    positive_integers(context_dim=context_dim)
+    if hidden_dims is None:
+        return [max(16, 10 * context_dim)] * 2
+    layer_sizes(hidden_dims)
+    return list(hidden_dims)
 
 
 def planar(input_dim: int, **options: Any) -> Planar:
@@ -242,5 +269,6 @@ def conditional_planar(
         hidden_dims: sizes of the hypernetwork's hidden layers.
         **options: keywords of `ConditionalPlanar`.
     """
+    positive_integers(input_dim=input_dim)
     starts = [torch.randn(1), torch.zeros(input_dim), _random_directions(input_dim)]
     return ConditionalPlanar(hypernetwork(context_dim, hidden_dims, starts), **options)

@@ -14,7 +14,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
 from flowvi import kernels
-from flowvi.checks import positive_integers
+from flowvi.checks import functions, positive_integers
 from flowvi.kernels import radial as math_
 from flowvi.transforms.base import Conditioned, Transform
 from flowvi.transforms.planar import hypernetwork
@@ -140,6 +140,7 @@ class ConditionalRadial(ConditionalTransformModule):
 
     def __init__(self, nn: nn.Module) -> None:
         super().__init__()
+        functions(nn=nn)
         self.nn = nn
 
     def condition(self, context: Tensor) -> Conditioned:
@@ -169,5 +170,6 @@ def conditional_radial(
         hidden_dims: sizes of the hypernetwork's hidden layers.
         **options: keywords of `ConditionalRadial`.
     """
+    positive_integers(input_dim=input_dim)
     starts = [torch.randn(input_dim), torch.zeros(1), torch.zeros(1)]
     return ConditionalRadial(hypernetwork(context_dim, hidden_dims, starts), **options)

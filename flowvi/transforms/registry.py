@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.distributions.transforms import Transform as TorchTransform
 
-from flowvi.errors import OptionError, UnknownFlowError
+from flowvi.checks import flags, positive_integers, positive_numbers, shown, whole_numbers
+from flowvi.errors import FlowVIError, OptionError, UnknownFlowError
 from flowvi.transforms.affine import affine
 from flowvi.transforms.autoregressive import conditional_iaf, conditional_maf, iaf, iaf_stack, maf, maf_stack
 from flowvi.transforms.conditional_affine import conditional_affine
@@ -78,7 +79,7 @@ def register(
         overwrite: whether an existing name may be replaced.
 
     Raises:
-        OptionError: the name is taken, or the factory is not callable.
+        OptionError: the name is taken, the factory is not callable, or another argument can't be used.
 
     Example:
         >>> import flowvi
@@ -87,8 +88,16 @@ def register(
         >>> "mine" in flowvi.transforms.available()
         True
     """
+    if not isinstance(name, str) or not name:
+        raise OptionError(f"name must be a word, not {shown(name)}.")
     if not callable(factory):
-        raise OptionError(f"factory must be callable as factory(input_dim, **options), not {factory!r}.")
+        raise OptionError(f"factory must be callable as factory(input_dim, **options), not {shown(factory)}.")
+    for what, value in (("stack", stack), ("conditional", conditional)):
+        if value is not None and not callable(value):
+            raise OptionError(f"{what} must be callable or None, not {shown(value)}.")
+    positive_integers(num_flows=num_flows)
+    positive_numbers(lr=lr)
+    flags(overwrite=overwrite)
     if name in _REGISTRY and not overwrite:
         raise OptionError(f"a flow named {name!r} is registered already: choose another name, or overwrite=True.")
     _REGISTRY[name] = FlowEntry(factory, stack, conditional, num_flows, lr, description)
@@ -129,8 +138,8 @@ def build(flow: str | Factory, input_dim: int, num_flows: int, **options: Any) -
         UnknownFlowError: the name is not registered.
         OptionError: num_flows or an option can't be used, or the factory returned something else.
     """
-    if not isinstance(num_flows, int) or isinstance(num_flows, bool) or num_flows < 0:
-        raise OptionError(f"num_flows must be a non-negative integer, not {num_flows!r}.")
+    whole_numbers(num_flows=num_flows)
+    positive_integers(input_dim=input_dim)
     if num_flows == 0:
         return []
     if isinstance(flow, str):
@@ -138,15 +147,17 @@ def build(flow: str | Factory, input_dim: int, num_flows: int, **options: Any) -
     elif callable(flow):
         entry = FlowEntry(flow, stack=stack_of(flow))
     else:
-        raise OptionError(f"flow must be a name or a factory(input_dim, **options), not {flow!r}.")
+        raise OptionError(f"flow must be a name or a factory(input_dim, **options), not {shown(flow)}.")
     try:
         if entry.stack is not None:
             stacked = entry.stack(input_dim, num_flows, **options)
             layers = stacked if isinstance(stacked, list) else [stacked]
         else:
             layers = [entry.factory(input_dim, **options) for _ in range(num_flows)]
-    except TypeError as e:
-        raise OptionError(f"flow {flow!r} could not be built with options {options}: {e}") from e
+    except FlowVIError:
+        raise
+    except Exception as e:  # the factory is the user's, and so is what it may raise
+        raise OptionError(f"flow {shown(flow)} could not be built with options {options}: {e!r}") from e
     return [adapt(layer, input_dim) for layer in layers]
 
 

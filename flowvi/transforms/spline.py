@@ -26,7 +26,6 @@ as long as one over 8 rows.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from flowvi.errors import OptionError
+from flowvi.checks import one_of, positive_numbers, whole_numbers
 from flowvi.transforms.autoregressive import Autoregressive, alternating
 from flowvi.transforms.coupling import Coupling
 from flowvi.transforms.elementwise import Elementwise
@@ -95,10 +94,8 @@ class RationalQuadratic(Elementwise):
     """
 
     def __init__(self, num_bins: int = NUM_BINS, bound: float = BOUND) -> None:
-        if not isinstance(num_bins, int) or isinstance(num_bins, bool) or num_bins < 2:
-            raise OptionError(f"num_bins must be an integer of at least 2, not {num_bins!r}.")
-        if not 0 < bound < math.inf:
-            raise OptionError(f"bound must be a positive number, not {bound!r}.")
+        whole_numbers(2, num_bins=num_bins)
+        positive_numbers(bound=bound)
         self.num_bins, self.bound = num_bins, float(bound)
         self.num_params = 3 * num_bins - 1
 
@@ -372,6 +369,5 @@ def conditional_neural_spline(
 
 
 def _by_kind(kind: str) -> Any:
-    if kind not in ("coupling", "autoregressive"):
-        raise OptionError(f"kind must be 'coupling' or 'autoregressive', not {kind!r}.")
+    one_of(("coupling", "autoregressive"), kind=kind)
     return NeuralSpline if kind == "coupling" else AutoregressiveSpline

@@ -17,8 +17,8 @@ from torch.distributions import constraints
 
 from flowvi import kernels
 from flowvi.checks import positive_integers
-from flowvi.transforms.base import Conditioned
-from flowvi.transforms.planar import _check_constraint, _random_directions
+from flowvi.transforms.base import Conditioned, check_context
+from flowvi.transforms.planar import _check_constraint, _random_directions, hidden_sizes
 
 
 class _Rows:
@@ -142,7 +142,8 @@ class ParameterNetwork(nn.Module):
 
     def __init__(self, context_dim: int, hidden_dims: Sequence[int] | None, starts: Sequence[Tensor]) -> None:
         super().__init__()
-        hidden = [max(16, 10 * context_dim)] * 2 if hidden_dims is None else list(hidden_dims)
+        hidden = hidden_sizes(context_dim, hidden_dims)
+        self.context_dim = context_dim
         body: list[nn.Module] = []
         for size_in, size_out in pairwise([context_dim, *hidden]):
             body += [nn.Linear(size_in, size_out), nn.ReLU()]
@@ -158,6 +159,7 @@ class ParameterNetwork(nn.Module):
 
     def forward(self, context: Tensor) -> tuple[Tensor, ...]:
         """Each parameter at the context, (..., *shape)."""
+        check_context(context, self.context_dim, next(self.heads.parameters()))
         features = self.body(context)
         return tuple(head(features).unflatten(-1, s) for head, s in zip(self.heads, self.shapes, strict=True))
 
@@ -211,9 +213,9 @@ def conditional_planar_stack(
         constraint: "squareplus" or "softplus" (not the identity at the start), as for `Planar`.
 
     Raises:
-        OptionError: num_flows or constraint can't be used.
+        OptionError: an argument can't be used.
     """
-    positive_integers(num_flows=num_flows)
+    positive_integers(input_dim=input_dim, num_flows=num_flows)
     options = {"constraint": _check_constraint(constraint)}
     starts = [_random_directions(num_flows, input_dim), torch.zeros(num_flows, input_dim), torch.randn(num_flows)]
     return ConditionalStack(ParameterNetwork(context_dim, hidden_dims, starts), _PlanarLayers, **options)
@@ -231,8 +233,8 @@ def conditional_radial_stack(
         hidden_dims: as for `conditional_planar_stack`.
 
     Raises:
-        OptionError: num_flows can't be used.
+        OptionError: an argument can't be used.
     """
-    positive_integers(num_flows=num_flows)
+    positive_integers(input_dim=input_dim, num_flows=num_flows)
     starts = [torch.randn(num_flows, input_dim), torch.zeros(num_flows), torch.zeros(num_flows)]
     return ConditionalStack(ParameterNetwork(context_dim, hidden_dims, starts), _RadialLayers)

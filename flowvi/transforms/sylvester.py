@@ -34,7 +34,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
 from flowvi import kernels
-from flowvi.checks import positive_integers
+from flowvi.checks import flags, functions, one_of, positive_integers
 from flowvi.errors import OptionError
 from flowvi.transforms.base import Conditioned, Transform
 from flowvi.transforms.planar import hypernetwork
@@ -252,8 +252,9 @@ def _plan(
     input_dim: int, kind: str, num_neurons: int | None, num_reflections: int | None, flip: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The first value of each parameter, in the order of `_matrices`, and the options that it takes."""
-    if kind not in KINDS:
-        raise OptionError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}.")
+    positive_integers(input_dim=input_dim)
+    one_of(KINDS, kind=kind)
+    flags(flip=flip)
     for name, value, most in (
         ("num_neurons", num_neurons, input_dim),
         ("num_reflections", num_reflections, None),
@@ -348,6 +349,7 @@ class ConditionalSylvester(ConditionalTransformModule):
 
     def __init__(self, nn: nn.Module, input_dim: int, **options: Any) -> None:
         super().__init__()
+        functions(nn=nn)
         self.nn = nn
         starts, self._options = _plan(input_dim, **_with_defaults(options))
         self._shapes = [start.shape for start in starts.values()]

@@ -31,6 +31,7 @@ import torch
 from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 
+from flowvi.checks import functions, is_number, positive_integers, shown
 from flowvi.errors import OptionError
 from flowvi.transforms.base import Conditioned, Transform
 from flowvi.transforms.planar import hypernetwork
@@ -114,8 +115,8 @@ class Tails(Transform):
 
 
 def _check_most(most: float) -> float:
-    if not 0 < most <= 10:
-        raise OptionError(f"most must be a number in (0, 10], not {most!r}.")
+    if not (is_number(most) and 0 < most <= 10):
+        raise OptionError(f"most must be a number in (0, 10], not {shown(most)}.")
     return float(most)
 
 
@@ -176,6 +177,7 @@ class ConditionalTails(ConditionalTransformModule):
 
     def __init__(self, nn: nn.Module, *, most: float = 2.0) -> None:
         super().__init__()
+        functions(nn=nn)
         self.nn = nn
         self.most = _check_most(most)
 
@@ -200,5 +202,6 @@ def conditional_tails(
         hidden_dims: sizes of the hypernetwork's hidden layers.
         **options: keywords of `Tails`.
     """
+    positive_integers(input_dim=input_dim)
     starts = [torch.zeros(input_dim), torch.zeros(input_dim)]
     return ConditionalTails(hypernetwork(context_dim, hidden_dims, starts), **options)
