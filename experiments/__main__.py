@@ -16,6 +16,7 @@ from experiments import (
     fig1,
     fig3,
     flow_length,
+    flows_vs_vae_vs_gan,
     gallery,
     large,
     mnist,
@@ -55,10 +56,12 @@ MAKES = {
     "flow_length": flow_length.TITLE,
     "mnist": mnist.TITLE,
     "cifar": cifar.TITLE,
+    "flows_vs_vae_vs_gan": flows_vs_vae_vs_gan.TITLE,
     "truth": truth.TITLE,
     "large": large.TITLE,
     "verdict": verdict.TITLE,
     "calibration": calibration.TITLE,
+    "gallery": gallery.TITLE,
 }
 
 
@@ -237,6 +240,19 @@ def run_cifar(  # noqa: D103 (its help is above)
         return cifar.run(changed, folder, data_dir, resume=resume)
 
     _finish(work, folder, quick)
+
+
+@app.command("flows_vs_vae_vs_gan", help=flows_vs_vae_vs_gan.TITLE)
+def run_flows_vs_vae_vs_gan(  # noqa: D103 (its help is above)
+    quick: Quick = False,
+    seed: Seed = 0,
+    data_dir: Annotated[Path | None, typer.Option(help="The folder of the data.", show_default="download")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 1,
+    out: Out = None,
+) -> None:
+    config = flows_vs_vae_vs_gan.Config.quick(seed) if quick else flows_vs_vae_vs_gan.Config(seed=seed)
+    folder = _folder("flows_vs_vae_vs_gan", out, quick)
+    _finish(lambda: flows_vs_vae_vs_gan.run(config, folder, data_dir, workers=workers), folder, quick)
 
 
 @app.command("flow_length", help=flow_length.TITLE)

@@ -81,19 +81,23 @@ def _curve(points: Callable[[Tensor], Tensor], low: float, high: float, noise: f
     return Planar2D(sample, log_density, extent)
 
 
-def _eight_gaussians(radius: float = 4.0, noise: float = 0.5) -> Planar2D:
-    angle = 2 * math.pi * torch.arange(8, dtype=torch.float64) / 8
-    centres = radius * torch.stack([angle.cos(), angle.sin()], -1)
+def _gaussians(centres: Tensor, noise: float, extent: float) -> Planar2D:
+    """Equal parts of Gaussians at the centres (K, 2)."""
 
     def sample(num: int, generator: torch.Generator) -> Tensor:
-        which = torch.randint(8, (num,), generator=generator)
+        which = torch.randint(len(centres), (num,), generator=generator)
         return centres[which] + noise * torch.randn(num, 2, generator=generator, dtype=torch.float64)
 
     def log_density(x: Tensor) -> Tensor:
         square = (x.double().unsqueeze(-2) - centres).square().sum(-1) / noise**2
-        return torch.logsumexp(-square / 2, -1) - math.log(8 * 2 * math.pi * noise**2)
+        return torch.logsumexp(-square / 2, -1) - math.log(len(centres) * 2 * math.pi * noise**2)
 
-    return Planar2D(sample, log_density, 6.0, (centres, noise))
+    return Planar2D(sample, log_density, extent, (centres, noise))
+
+
+def _circle(num: int, radius: float) -> Tensor:
+    angle = 2 * math.pi * torch.arange(num, dtype=torch.float64) / num
+    return radius * torch.stack([angle.cos(), angle.sin()], -1)
 
 
 def _checkerboard() -> Planar2D:
@@ -122,11 +126,16 @@ def _moon(t: Tensor) -> Tensor:
 
 
 PLANE: dict[str, Planar2D] = {
-    "eight_gaussians": _eight_gaussians(),
+    "eight_gaussians": _gaussians(_circle(8, 4.0), 0.5, 6.0),
     "spirals": _curve(_spiral, 1 / 2.2, 3.5 * math.pi / 2.2, 0.15, 6.0),
     "checkerboard": _checkerboard(),
     "moons": _curve(_moon, 0.0, math.pi, 0.2, 4.0),
 }
+GRID = "grid_25"
+SHARP: dict[str, Planar2D] = {
+    GRID: _gaussians(torch.cartesian_prod(*(torch.arange(-4.0, 5.0, 2.0, dtype=torch.float64),) * 2), 0.05, 5.0)
+}
+"""Sets of the plane that `DATASETS` leaves out: a grid of 25 Gaussians, 40 standard deviations apart."""
 TABLES = ("breast_cancer",)
 DATASETS = (*PLANE, *TABLES)
 
@@ -150,7 +159,7 @@ def load(name: str, num_train: int, num_test: int, seed: int) -> Dataset:
     """A set by name: drawn from the seed, or, for a table, split by it.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS` or `SHARP`.
         num_train: training rows of a two-dimensional set; a table gives four fifths of its rows.
         num_test: test rows; a table gives the other fifth.
         seed: of the draws or the split.
@@ -159,8 +168,8 @@ def load(name: str, num_train: int, num_test: int, seed: int) -> Dataset:
         FlowVIError: scikit-learn, which ships the table, is missing.
     """
     generator = torch.Generator().manual_seed(seed)
-    if name in PLANE:
-        set_ = PLANE[name]
+    if name in PLANE or name in SHARP:
+        set_ = PLANE[name] if name in PLANE else SHARP[name]
         x = set_.sample(num_train + num_test, generator).float()
         return Dataset(name, x[:num_train], x[num_train:], set_.log_density, set_.extent, set_.modes)
     x = _breast_cancer()

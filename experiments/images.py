@@ -34,6 +34,14 @@ SOURCES = {
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         "9fb629c4189551a2d022fa330f9573f3",
     ),
+    "train-labels-idx1-ubyte.gz": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
     "cifar-10-binary.tar.gz": ("https://www.cs.toronto.edu/~kriz/", "c32a1d4ab5d03f1284b67883e8d87530"),
 }
 """File -> where it is, and its MD5."""
@@ -106,6 +114,26 @@ def dynamic_mnist(folder: Path | None, seed: int) -> Images:
     held, test = (torch.bernoulli(x, generator=generator) for x in (train[50_000:], test))
     words = "MNIST, dynamic binarization (50,000 drawn anew at every use, 10,000 / 10,000 drawn once)"
     return Images(Rebinarized(train[:50_000]), held, test, words)
+
+
+def grey_mnist(folder: Path | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images in [0, 1], (60000, 784), their labels (60000,), test images and theirs.
+
+    Args:
+        folder: has the four gz files; None downloads.
+
+    Raises:
+        FlowVIError: a file is missing.
+    """
+    found = []
+    for k in ("train", "t10k"):
+        grey, path = _idx(fetch(folder, f"{k}-images-idx3-ubyte.gz")), fetch(folder, f"{k}-labels-idx1-ubyte.gz")
+        with gzip.open(path) as file:
+            labels = torch.from_numpy(np.frombuffer(file.read(), dtype=np.uint8)[8:].astype(np.int64))
+        if len(labels) != len(grey):
+            raise FlowVIError(f"{path} holds {len(labels)} labels for {len(grey)} images.")
+        found += [grey, labels]
+    return found[0], found[1], found[2], found[3]
 
 
 def cifar_patches(folder: Path | None, num_patches: int, seed: int) -> Images:
