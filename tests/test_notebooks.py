@@ -40,7 +40,7 @@ def test_runs(notebook, tmp_path):
 
 
 def test_there_are_some():
-    assert len(NOTEBOOKS) >= 6
+    assert len(NOTEBOOKS) >= 7
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
