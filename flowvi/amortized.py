@@ -33,9 +33,10 @@ from torch.distributions.constraints import Constraint
 
 from flowvi.amortized_flow import AmortizedFlow, _layers
 from flowvi.checks import flags, functions, instances
+from flowvi.describe import head, num_parameters, site_lines, unset
 from flowvi.errors import DimensionError, DiscreteLatentError, FlowVIError, OptionError, TargetError
 from flowvi.flow import Flow
-from flowvi.guides import AutoFlow, _discrete
+from flowvi.guides import AutoFlow, _discrete, forget_store
 from flowvi.local_plate import LocalSite, PlateCall, choose_plate, find_call, local_sites, same_supports
 from flowvi.transforms.conditional_affine import _LIMIT
 from flowvi.transforms.registry import lookup
@@ -260,6 +261,25 @@ class AmortizedGuide(AutoGuide):
         features = self._features(PlateCall(n, n, None), torch.arange(n, device=data[0].device), args, kwargs)
         return features.reshape(n, *(1,) * (-self.frame.dim - 1), -1)
 
+    def __repr__(self) -> str:
+        if self.prototype_trace is None:
+            return unset(self, self.flow_name, self.num_flows)
+        # Read past Pyro, which would register the parameters of what a call reads.
+        encoder, local, shared = (self._modules.get(name) for name in ("encoder", "local", "globals"))
+        words = "a function" if encoder is None else f"{type(encoder).__name__}, {num_parameters(encoder)}"
+        told = f"{local.context_dim - (shared.latent_dim if self.coupled else 0)} features"
+        lines = [
+            head(self, f"D = {local.input_dim} for each row of the plate {self.frame.name!r}"),
+            f"  encoder: {words}",
+            f"  each row: {self.flow_name} K = {self.num_flows}, {num_parameters(local)}, given {told}"
+            + (f" and the global draw ({shared.latent_dim})" if self.coupled else ""),
+            *("  " + line for line in site_lines({s.name: (*s.left, *s.right, *s.event) for s in self.sites})),
+        ]
+        if shared is not None:
+            first, *rest = repr(shared).split("\n")
+            lines += ["  all rows: " + first, *("  " + line for line in rest)]
+        return "\n".join(lines)
+
     @property
     def global_sites(self) -> list[str]:
         """The latent sites outside the plate; known after the first call."""
@@ -372,8 +392,7 @@ class AmortizedGuide(AutoGuide):
     # Pyro's autoguides drop their model when copied (and from the original too); these keep it, as `AutoFlow` does.
 
     def __getstate__(self) -> dict[str, Any]:
-        for p in self.parameters():  # weak references that the parameter store leaves there, and sets again
-            p.__dict__.pop("unconstrained", None)
+        forget_store(self)
         state = self.__dict__ | {"master": None, "plates": {}}
         try:
             pickle.dumps(state["_model"])

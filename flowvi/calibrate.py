@@ -52,6 +52,7 @@ from flowvi.errors import (
 )
 from flowvi.fit import fit as fit_flow
 from flowvi.posterior import Posterior
+from flowvi.progress import wanted
 from flowvi.simulate import Simulator
 from flowvi.targets import LogDensity
 from flowvi.targets.isolation import private_rng
@@ -247,7 +248,8 @@ class _Task:
                 posterior = self.fit(dict(data))
         if isinstance(posterior, Posterior):
             take = posterior.resample if self.resample else posterior.sample
-            return take(self.num_draws, seed=seed), posterior.diagnose(hmc=self.hmc).trusted
+            with wanted(False):  # the bar that counts the fits is enough
+                return take(self.num_draws, seed=seed), posterior.diagnose(hmc=self.hmc).trusted
         if not isinstance(posterior, Mapping):
             raise OptionError(
                 f"fit must return a posterior, or draws, site -> (n, *shape), not a {type(posterior).__name__}."

@@ -54,7 +54,7 @@ def compare(posteriors: Mapping[str, Posterior], *, num_samples: int = 10_000, l
         what is in doubt. By LOO: `elpd_loo` and its standard error `elpd_se`, `p_loo` (effective number of
         parameters), `elpd_diff` (the best one's minus this one's) and its standard error `elpd_dse`, both data by
         datum, `bad_pareto_k` (how many data have a Pareto k too large for PSIS), and `loo_warning`, what is in doubt
-        or why there are no numbers.
+        or why there are no numbers. In a terminal, print the table's `.T`: pandas leaves out middle columns.
 
     Raises:
         OptionError: Not two or more posteriors by name, or pandas or ArviZ is missing.

@@ -362,7 +362,7 @@ def _bad_moves(d: Diagnostics, limit: float) -> list[str]:
     if not d.j + 2 * d.j_se < limit:
         bad.append(
             f"A short HMC that starts at its draws moves away: the symmetric KL is {d.j:.2g} ± {d.j_se:.1g} nats "
-            f"(limit {limit:.2g})."
+            f"(limit {limit:.2g}, twice the error included)."
         )
     if not d.shift < SHIFT_LIMIT:
         bad.append(f"It moves the mean of {d.shift_site} by more than {d.shift:.2g} sd.")

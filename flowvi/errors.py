@@ -16,6 +16,7 @@ __all__ = [
     "FlowVIWarning",
     "HeldFixedWarning",
     "InterruptedWarning",
+    "MemoryWarning",
     "NoLatentError",
     "NonFiniteError",
     "NumericalWarning",
@@ -24,6 +25,7 @@ __all__ = [
     "SlowPathWarning",
     "SubsampledLatentError",
     "TargetError",
+    "TooLargeError",
     "TraceError",
     "UnknownFlowError",
     "UntrustedWarning",
@@ -70,6 +72,10 @@ class TraceError(TargetError):
     """The model can't be turned into a graph (used inside; a fit falls back to the eager model)."""
 
 
+class TooLargeError(FlowVIError, MemoryError):
+    """A fit would take far more memory than there is; the message says how much, and what takes less."""
+
+
 class FileFormatError(FlowVIError, ValueError):
     """A file is not a flowvi posterior, is damaged, or was written by a newer version."""
 
@@ -84,6 +90,10 @@ class FlowVIWarning(UserWarning):
 
 class CheckpointWarning(FlowVIWarning):
     """A checkpoint of a fit could not be written; the fit goes on without it."""
+
+
+class MemoryWarning(FlowVIWarning):
+    """A fit may take more memory than is free; the message says how much, and what takes less."""
 
 
 class SlowPathWarning(FlowVIWarning):

@@ -28,9 +28,11 @@ from flowvi.checks import (
     shown,
     whole_numbers,
 )
+from flowvi.describe import layer_lines, num_parameters
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
 from flowvi.transforms.affine import AFFINE_KINDS, Affine
 from flowvi.transforms.base import InvertibleMap
+from flowvi.transforms.funnel import funnel_stack
 from flowvi.transforms.registry import build
 
 __all__ = ["Flow", "FlowSpec"]
@@ -49,6 +51,7 @@ class FlowSpec:
         num_flows: K, the number of layers; 0 leaves the affine layer alone.
         base: the affine layer after the K layers: "diag", "low_rank" or "full".
         options: what the flow's factory takes.
+        funnels: the number of `funnel` layers between the K layers, where there are any, and the affine one.
 
     Raises:
         OptionError: an attribute can't be used.
@@ -59,12 +62,13 @@ class FlowSpec:
     num_flows: int
     base: str = "full"
     options: Mapping[str, Any] = field(default_factory=dict)
+    funnels: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise OptionError(f"name must be that of a registered flow, not {shown(self.name)}.")
         positive_integers(dim=self.dim)
-        whole_numbers(num_flows=self.num_flows)
+        whole_numbers(num_flows=self.num_flows, funnels=self.funnels)
         one_of(AFFINE_KINDS, base=self.base)
         instances(Mapping, options=self.options)
 
@@ -146,7 +150,7 @@ class Flow(TransformedDistribution):
         device: torch.device | str | None = None,
         factory: Callable[..., TorchTransform] | None = None,
     ) -> Flow:
-        """A flow at its start: K layers at the identity, then the affine layer at (loc, scale).
+        """A flow at its start: K layers and the funnels at the identity, then the affine layer at (loc, scale).
 
         Args:
             spec: its structure.
@@ -167,6 +171,8 @@ class Flow(TransformedDistribution):
         instances(FlowSpec, spec=spec)
         floating(dtype)
         layers = build(spec.name if factory is None else factory, spec.dim, spec.num_flows, **dict(spec.options))
+        if spec.num_flows:
+            layers += funnel_stack(spec.dim, spec.funnels)
         dtype = dtype or torch.get_default_dtype()
         loc = as_tensor("loc", loc, dtype)
         layers.append(Affine(spec.dim, spec.base, loc=loc, scale=as_tensor("scale", scale, dtype)))
@@ -428,10 +434,8 @@ class Flow(TransformedDistribution):
             raise OptionError(f"these are not the parameters of this flow, {self}: {e}") from e
 
     def __repr__(self) -> str:
-        lines = [f"Flow on R^{self.dim}, {sum(p.numel() for p in self.parameters())} parameters"]
-        lines += [f"  base  {type(_innermost(self.base_dist)).__name__}"]
-        lines += [f"  {'->':<4}  {t}" for t in self.transforms]
-        return "\n".join(lines)
+        lines = [f"Flow on R^{self.dim}, {num_parameters(self.module)}"]
+        return "\n".join(lines + layer_lines(type(_innermost(self.base_dist)).__name__, self.transforms))
 
 
 def _as_base(base: torch.distributions.Distribution | int, module: nn.Module) -> torch.distributions.Distribution:

@@ -17,11 +17,12 @@ from pyro.distributions.transforms import ComposeTransformModule
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform as TorchTransform
 
 from flowvi.checks import as_tensor, functions, instances, one_of, positive_numbers, shown
+from flowvi.describe import head, layer_lines, site_lines, unset
 from flowvi.errors import DiscreteLatentError, NoLatentError, OptionError, SubsampledLatentError, TargetError
 from flowvi.flow import FULL_BASE_LIMIT, Flow, FlowSpec
 from flowvi.mixture import MixtureFlow
@@ -128,6 +129,7 @@ class AutoFlow(AutoContinuous):
     # Pyro's autoguides drop their model when copied (and from the original too); these keep it.
 
     def __getstate__(self) -> dict[str, Any]:
+        forget_store(self)
         state = self.__dict__.copy()
         state["master"] = None
         try:
@@ -232,6 +234,16 @@ class AutoFlow(AutoContinuous):
 
     # What Pyro's tools ask of an AutoContinuous.
 
+    def __repr__(self) -> str:
+        if self.prototype_trace is None:
+            return unset(self, self.flow_name, self.num_flows)
+        sites = {name: site["value"].shape for name, site in self.prototype_trace.iter_stochastic_nodes()}
+        return "\n".join([head(self, f"D = {self.latent_dim}"), *self._flow_lines(), *site_lines(sites)])
+
+    def _flow_lines(self) -> list[str]:
+        """The flow in words; read past Pyro, which would register the parameters of what a call reads."""
+        return layer_lines("Normal", self._modules["transform"].parts)
+
     def get_base_dist(self) -> dist.TorchDistribution:
         """N(0, I) over R^D."""
         return dist.Normal(self._zero, torch.ones_like(self._zero)).to_event(1)
@@ -328,6 +340,12 @@ class AutoFlow(AutoContinuous):
             parts.append(u.reshape(-1))
             log_density = log_density - to_x.log_abs_det_jacobian(u, x).sum()
         return self.get_posterior().log_prob(torch.cat(parts)) + log_density
+
+
+def forget_store(guide: nn.Module) -> None:
+    """Drop the weak references that the parameter store leaves at parameters, and sets again: no pickle takes them."""
+    for p in guide.parameters():
+        p.__dict__.pop("unconstrained", None)
 
 
 def continuous_model(density: Any) -> Callable[..., Any]:

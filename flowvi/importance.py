@@ -10,6 +10,7 @@ its own logsumexp: one over the whole data's weights, as Pyro's RenyiELBO has it
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -123,6 +124,16 @@ class IWELBO(PyroELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         """What Pyro asks of a loss: one trace of both, without particles."""
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+
+    def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        """As Pyro's, without its line in the log: who asks for a likelihood did not ask for that."""
+        log = logging.getLogger("pyro.infer.elbo")
+        level = log.level
+        log.setLevel(logging.WARNING)
+        try:
+            super()._guess_max_plate_nesting(model, guide, args, kwargs)
+        finally:
+            log.setLevel(level)
 
     def weighted(self, model: Any, guide: Any, args: Any, kwargs: Any, *, path: bool = False) -> _Weighted:
         """One set of K importance samples for every datum.

@@ -50,7 +50,8 @@ def to_arviz(
     Groups: `posterior` (1 chain, or those of a refined posterior; all sites), `sample_stats` (lp = log p, log_q,
     log_weight = log p - log q) and, for a model with observed sites, `log_likelihood`, `posterior_predictive` (one
     data set simulated at each draw) and `observed_data`, as `az.loo` and `az.plot_ppc` want them. Both the top and the
-    group `posterior` carry the attributes.
+    group `posterior` carry the attributes. For the draws of a flow, one chain, take `az.summary(data, kind="stats")`:
+    R-hat needs more chains.
 
     Discrete latents are summed out of the log likelihood, datum by datum; observed sites that share one sum with
     others, as in a hidden Markov model, are left out of it, and the attribute `log_likelihood_left_out` names them.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform as TorchTransform
 
+from flowvi.describe import num_parameters
 from flowvi.errors import DimensionError, OptionError
 from flowvi.flow import FULL_BASE_LIMIT, Flow, FlowSpec
 
@@ -225,7 +226,7 @@ class MixtureFlow(Flow):
         return self.module.parameters()
 
     def __repr__(self) -> str:
-        lines = [f"Mixture of {len(self.flows)} flows on R^{self.dim}"]
+        lines = [f"Mixture of {len(self.flows)} flows on R^{self.dim}, {num_parameters(self.module)}"]
         lines += [
             f"  {weight:.3f}  {repr(flow).replace(chr(10), chr(10) + 9 * ' ')}"
             for weight, flow in zip(self.weights.tolist(), self.flows, strict=True)

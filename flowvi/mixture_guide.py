@@ -8,6 +8,7 @@ from pyro.distributions.transforms import ComposeTransformModule
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform as TorchTransform
 
+from flowvi.describe import layer_lines
 from flowvi.errors import OptionError
 from flowvi.flow import Flow
 from flowvi.guides import AutoFlow
@@ -48,6 +49,12 @@ class AutoMixture(AutoFlow):
             "a mixture of flows has no transform, as NeuTraReparam needs one: use posterior.refine(), or the flow "
             "of one component, posterior.flow.flows[m]."
         )
+
+    def _flow_lines(self) -> list[str]:
+        lines = []
+        for weight, part in zip(self.log_weights.exp().tolist(), self._modules["components"], strict=True):
+            lines += [f"  {weight:.3f}", *("  " + line for line in layer_lines("Normal", part.parts))]
+        return lines
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> MixtureFlow:
         """Q over the unconstrained latents, (D,)."""

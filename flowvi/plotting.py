@@ -85,7 +85,7 @@ def plot_density(
     images = [plane.on_grid(function, box, num) for function in functions]
     top = float(np.quantile(images[-1], 0.9999))
     for axis, title, image in zip(axes, titles, images, strict=True):
-        shown = _draw_density(axis, image, box, top)
+        shown = _draw_density(axis, image, box, top, posterior)
         axis.set_title(title, fontsize="medium")
     _name_coordinates(axes, posterior)
     axes[0].figure.colorbar(shown, ax=list(axes), label="density", extend="max", shrink=0.85)
@@ -127,12 +127,14 @@ def plot_layers(
     ks = sorted({round(total * i / 5) for i in range(6)}) if ks is None else list(ks)
     functions = [plane.exact(plane.first_layers(flow, k)) for k in ks]
     box = plane.window(functions, plane.wide_box(flow)) if box is None else box
-    height = 2.0 * min(2.0, max(0.4, (box[1][1] - box[1][0]) / (box[0][1] - box[0][0])))
-    axes = _panels(ax, len(ks), size=(2.3, height + 0.7))[: len(ks)]
+    height = 2.0
+    if not _has_sites(posterior):
+        height *= min(2.0, max(0.4, (box[1][1] - box[1][0]) / (box[0][1] - box[0][0])))
+    axes = _panels(ax, len(ks), size=(2.3, height + 1.0))[: len(ks)]
     for axis, k, function in zip(axes, ks, functions, strict=True):
         image = plane.on_grid(function, box, num)
         # The shape is the message: each panel has its own scale of colours.
-        _draw_density(axis, image, box, float(np.quantile(image, 0.9999)))
+        _draw_density(axis, image, box, float(np.quantile(image, 0.9999)), posterior)
         axis.set_title(
             f"all {k} layers" if k == total else "no layer" if k == 0 else f"{k} layer{'s' * (k > 1)}",
             fontsize="medium",
@@ -167,7 +169,7 @@ def plot_elbo(posterior: Posterior, *, ax: Any = None) -> Axes:
     heights = [float(r["elbo"]) for r in rounds]
     if len(step):
         smooth = _running_median(elbo, max(5, len(elbo) // 100))
-        axis.plot(step, elbo, lw=0.4, alpha=0.35, color=SKY)
+        axis.plot(step, elbo, lw=0.6, alpha=0.45, color=SKY)
         axis.plot(step, smooth, lw=1.8, color=SKY, label="ELBO")
         heights += list(smooth[len(smooth) // 20 :])
         annealed = np.flatnonzero(posterior.history.beta.numpy() < 1)
@@ -298,7 +300,7 @@ def plot_marginals(
             heights = np.histogram(column, edges)[0] / (len(column) * np.diff(edges))  # what lies outside counts too
             axis.plot((edges[1:] + edges[:-1]) / 2, heights, lw=width, color=colour, label=label)
         axis.set(xlabel=name + (f"[{','.join(map(str, index))}]" if index else ""), yticks=[])
-        axis.set_ylim(0, axis.get_ylim()[1] * (1.4 if axis is axes[0] else 1))  # the first holds the legend
+        axis.set_ylim(0, axis.get_ylim()[1] * (1.6 if axis is axes[0] else 1))  # the first holds the legend
     axes[0].set_ylabel("density")
     axes[0].legend(frameon=False, fontsize="small", loc="upper right", handlelength=1.2)
     return axes[: len(elements)]
@@ -351,8 +353,10 @@ def plot_error_against_k(
                 [max(found[k]) - m for k, m in zip(ks, middle, strict=True)],
             ]
             # few seeds: from the best to the worst, not a standard error
-            style = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "ms": 5, "lw": 1.6}
-            axis.errorbar(ks, middle, spread, capsize=2, elinewidth=1, label=flow, **style)
+            style = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
+            # each is thinner than those before it, so that of two at one place both are seen
+            size = {"ms": max(3.5, 8.0 - i), "lw": max(0.8, 2.8 - 0.4 * i)}
+            axis.errorbar(ks, middle, spread, capsize=2, elinewidth=1, label=flow, **style, **size)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set(xticks=(ticks := sorted({row["K"] for row in rows})), xticklabels=[str(k) for k in ticks])
@@ -426,19 +430,24 @@ def _flow_title(flow: Flow, posterior: Posterior | None) -> str:
     return name if kl is None else f"{name} (KL {kl:.2g} nats)"
 
 
-def _draw_density(axis: Any, density: np.ndarray, box: plane.Box, top: float) -> Any:
+def _has_sites(posterior: Posterior | None) -> bool:
+    """Whether the coordinates are a model's sites, each with units of its own."""
+    return posterior is not None and posterior.density.model is not None
+
+
+def _draw_density(axis: Any, density: np.ndarray, box: plane.Box, top: float, posterior: Posterior | None) -> Any:
     """An image of a density (n, n) whose axis 0 is z_1."""
     extent = (*box[0], *box[1])
     colours = {"cmap": DENSITY_COLOURS, "vmin": 0, "vmax": top}
     ratio = (box[0][1] - box[0][0]) / (box[1][1] - box[1][0])
-    aspect = "equal" if 1 / 3 < ratio < 3 else "auto"
+    aspect = "equal" if 1 / 3 < ratio < 3 and not _has_sites(posterior) else "auto"
     return axis.imshow(density.T, origin="lower", extent=extent, interpolation="bilinear", aspect=aspect, **colours)
 
 
 def _name_coordinates(axes: np.ndarray, posterior: Posterior | None) -> None:
     """Axis labels: z_1 and z_2, or a model's sites; the vertical one on the first panel only."""
     names = ["$z_1$", "$z_2$"]
-    if posterior is not None and posterior.density.model is not None:
+    if posterior is not None and _has_sites(posterior):
         names = []
         for site in posterior.density.sites:
             support = site.support

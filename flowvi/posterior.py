@@ -413,15 +413,13 @@ class Posterior:
             words.append(f"{config['num_steps']} steps" + (f" of {particles} particles" if particles else ""))
         if "anneal" in config:
             words.append("annealed" if config["anneal"] else "not annealed")
-        stopped = config.get("stopped", "finished")
-        if stopped != "finished":
-            words.append("stopped early (interrupted)" if stopped == "interrupted" else f"stopped: {stopped}")
         if self.history.skipped_steps:
             words.append(f"{self.history.skipped_steps} steps skipped as not finite")
         if self.timing:
             seconds = self.timing.get("total", sum(self.timing.values()))
             words.append(f"{seconds:.1f} s")
-        return "Made by " + ", ".join(words)
+        made, stopped = "Made by " + ", ".join(words), config.get("stopped", "finished")
+        return made if stopped == "finished" else f"{made}; it stopped: {stopped}"
 
     # the machinery
 

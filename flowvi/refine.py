@@ -19,6 +19,7 @@ from flowvi.errors import InterruptedWarning, OptionError
 from flowvi.hmc import FlowCoordinates, HMCInfo, HMCState, Tuning, hmc_step
 from flowvi.hmc_tuning import estimate_scale, jitter, tune, warm_up
 from flowvi.posterior import Posterior
+from flowvi.progress import wanted
 from flowvi.refined import DIVERGENCE_LIMIT, RefinedDiagnostics, RefinedPosterior
 from flowvi.short_run import ShortRun, finite_start, symmetric_kl
 from flowvi.threads import one_thread_if_small
@@ -90,7 +91,8 @@ def refine(
     generator = posterior._generator(seed, "refine")
     count = num_chains or (before.num_chains if before else NUM_CHAINS)
     spec = posterior.flow.spec
-    with one_thread_if_small(count * target.dim * max(1, spec.num_flows if spec else 1)):
+    size = count * target.dim * max(1, spec.num_flows if spec else 1)
+    with one_thread_if_small(size), wanted(progress):
         state, tuning = _start(target, before, count, generator)
         with _Watch(start + time_limit if time_limit else math.inf, progress) as watch:
             if before is None or before.num_chains != count:

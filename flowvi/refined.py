@@ -329,4 +329,5 @@ class RefinedPosterior(Posterior):
 
     def _made_by(self, short: bool = False) -> str:
         refined = f"refined by {self.chains.num_chains} chains of {self.chains.z.shape[1]} draws"
-        return f"{super()._made_by(short)}, {refined}" + ("" if short else f" ({self.chains.stopped})")
+        made = super()._made_by(short)
+        return f"{made}, {refined}" if short else f"{made}; {refined} ({self.chains.stopped})"

@@ -21,8 +21,9 @@ from torch import Tensor
 from flowvi.chains import split_rhat
 from flowvi.errors import NonFiniteError
 from flowvi.flow import Flow
-from flowvi.hmc import FlowCoordinates, HMCState, Tuning, hmc_step
+from flowvi.hmc import FlowCoordinates, HMCInfo, HMCState, Tuning, hmc_step
 from flowvi.hmc_tuning import jitter, warm_up
+from flowvi.progress import counting
 from flowvi.targets import LogDensity
 
 __all__ = ["ShortRun", "finite_start", "symmetric_kl"]
@@ -96,14 +97,21 @@ def symmetric_kl(
 
     state = finite_start(target, lambda: target.draw(num_chains, generator), num_chains)
     tuning = Tuning(1.0, 1.0, torch.ones(target.dim, dtype=torch.float64, device=target.device), MAX_LEAPFROG)
-    state, tuning = warm_up(state, target, tuning, num_steps // 2, generator)
     zs, ws, accepted, divergent = [], [], [], []
-    for _, multiple in zip(range(num_steps - num_steps // 2), jitter(), strict=False):
-        state, info = hmc_step(state, target, tuning, tuning.trajectory * multiple, generator)
-        zs.append(state.z)
-        ws.append(target.log_weight(state))
-        accepted.append(info.acceptance)
-        divergent.append(info.divergent)
+    with counting("check by a short HMC", num_steps) as bar:
+
+        def count(_: HMCState, __: HMCInfo) -> bool:
+            bar.update()
+            return False
+
+        state, tuning = warm_up(state, target, tuning, num_steps // 2, generator, on_step=count)
+        for _, multiple in zip(range(num_steps - num_steps // 2), jitter(), strict=False):
+            state, info = hmc_step(state, target, tuning, tuning.trajectory * multiple, generator)
+            zs.append(state.z)
+            ws.append(target.log_weight(state))
+            accepted.append(info.acceptance)
+            divergent.append(info.divergent)
+            bar.update()
     z, moved = torch.stack(zs, 1), torch.stack(ws, 1)
 
     j, j_se = _difference(moved[..., None], log_w[:, None])

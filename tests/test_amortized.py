@@ -388,6 +388,25 @@ def test_copies_pickles_and_states():
     assert guide.model is whole
 
 
+def test_print_says_what_each_row_and_all_rows_have():
+    net = nn.Sequential(nn.Unflatten(0, (-1, 1)), encoder(1))
+    guide = flowvi.AmortizedGuide(whole_hierarchy, net, num_flows=3)
+    assert repr(guide) == "<AmortizedGuide of whole_hierarchy: planar K = 3, not called yet>"
+    guide(torch.randn(50, dtype=F64))
+    pyro.clear_param_store()
+    found = repr(guide)
+    local, shared = guide.local.input_dim, guide.globals.latent_dim
+    assert f"AmortizedGuide of whole_hierarchy, D = {local} for each row of the plate 'data'" in found
+    assert f"{sum(p.numel() for p in guide.parameters())} parameters" in found
+    assert f"given 8 features and the global draw ({shared})" in found
+    assert f"all rows: AutoFlow of whole_hierarchy, D = {shared}" in found
+    assert not list(pyro.get_param_store().keys())
+    function = flowvi.AmortizedGuide(whole, lambda x: x, num_flows=3)
+    function(X)
+    assert "encoder: a function" in repr(function)
+    assert "all rows" not in repr(function)
+
+
 def test_the_first_call_leaves_the_random_state_to_the_draw():
     guide = flowvi.AmortizedGuide(whole, encoder(), num_flows=0)
     with torch.random.fork_rng():

@@ -104,6 +104,78 @@ def test_float16_as_the_dtype_is_a_typed_error():
         flowvi.fit(conjugate, (data(),), dtype=torch.float16, **SMALL)
 
 
+def test_float16_data_that_overflowed_are_a_typed_error():
+    with pytest.raises(errors.NonFiniteError, match=r"index \(3,\)"):
+        flowvi.fit(conjugate, (data(1e5).half(),), **SMALL)
+
+
+def test_float16_points_are_computed_with_in_the_dtype_of_the_fit():
+    posterior = flowvi.fit(gaussian, dim=2, verify=False, **SMALL)
+    z = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)).half()
+    for call in (posterior.log_prob, posterior.density, lambda z: posterior.density.value_and_grad(z)[1]):
+        assert call(z).dtype == torch.float32
+        assert torch.equal(call(z), call(z.float()))
+    with pytest.raises(errors.OptionError, match=r"float32 parameters but y is torch\.float16"):
+        posterior.flow.log_prob(z)
+
+
+# Bad models.
+
+
+def changing(body, runs):
+    """A model that is another one after so many runs, or at every second one (runs = 0)."""
+    count = iter(range(10_000))
+
+    def model(x):
+        i = next(count)
+        mu = body(i % 2 == 1 if runs == 0 else i >= runs)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    return model
+
+
+def one_more_site(changed):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    return mu + pyro.sample("extra", dist.Normal(0.0, 1.0)) if changed else mu
+
+
+CHANGES = {
+    "a site more": one_more_site,
+    "a site fewer": lambda changed: one_more_site(not changed),
+    "another support": lambda changed: pyro.sample("mu", dist.HalfNormal(3.0) if changed else dist.Normal(0.0, 3.0)),
+    "another shape": lambda changed: pyro.sample(
+        "mu", dist.Normal(0.0, 3.0).expand([1 + changed]).to_event(1)
+    ).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_changes_between_runs_is_a_typed_error(change, runs):
+    with pytest.raises(errors.TargetError, match="every run of the model"):
+        flowvi.fit(changing(CHANGES[change], runs), (data(),), **SMALL)
+
+
+def test_a_support_whose_kind_depends_on_a_latent_is_a_typed_error():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        pyro.sample("a", dist.HalfNormal(1.0) if mu > 0 else dist.Normal(0.0, 1.0))
+
+    slow = pytest.warns(errors.SlowPathWarning)  # reads the latent's value
+    with slow, pytest.raises(errors.TargetError, match="'a' is not the same in every run"):
+        flowvi.fit(model, **SMALL)
+
+
+def test_a_support_whose_bounds_depend_on_a_latent_is_right():
+    def model():
+        width = pyro.sample("width", dist.LogNormal(0.0, 0.3))
+        pyro.sample("u", dist.Uniform(0.0, width))
+
+    values = flowvi.fit(model, verify=False, **SMALL).sample(2000, seed=0)
+    assert ((values["u"] > 0) & (values["u"] < values["width"])).all()
+
+
 # Bad densities.
 
 ROWS = {
@@ -171,7 +243,8 @@ def test_512_layers():
 
 @pytest.mark.slow
 def test_10_000_dimensions():
-    posterior = flowvi.fit(lambda z: gaussian(z - 1), dim=10_000, verify=False, **SMALL)
+    posterior = flowvi.fit(lambda z: gaussian(z - 1), dim=10_000, **SMALL)
+    assert posterior.diagnose().trusted
     draws = posterior.sample(1000, seed=0)["z"]
     assert float((draws.mean(0) - 1).abs().mean()) < 0.1
     assert float((draws.std(0) - 1).abs().mean()) < 0.1

@@ -180,6 +180,46 @@ def test_copies_before_and_after_a_call(make):
         assert torch.equal(twin.median(*DATA)["mu"], guide.median(*DATA)["mu"])
 
 
+def test_a_guide_that_was_called_once_can_be_pickled(make):
+    guide = make(schools)
+    pyro.clear_param_store()
+    guide(*DATA)  # the store leaves weak references at the parameters
+    assert torch.equal(pickle.loads(pickle.dumps(guide)).median(*DATA)["mu"], guide.median(*DATA)["mu"])
+
+
+def test_print_says_what_a_guide_is_before_and_after_its_first_call():
+    guide = flowvi.AutoPlanar(schools, num_flows=4)
+    assert repr(guide) == "<AutoPlanar of schools: planar K = 4, not called yet>"
+    guide(*DATA)
+    pyro.clear_param_store()
+    count = sum(p.numel() for p in guide.parameters())
+    assert str(guide).splitlines() == [
+        f"AutoPlanar of schools, D = 10, {count} parameters",
+        "  base  Normal",
+        "  ->    PlanarStack(D=10, K=4)",
+        "  ->    Affine(D=10, full)",
+        "  mu   ()",
+        "  tau  ()",
+        "  eta  (8,)",
+    ]
+    assert not list(pyro.get_param_store().keys())  # looking registers nothing
+    assert repr(flowvi.AutoFlow(lambda: one(), "maf", 2)).startswith("<AutoFlow of <lambda>: maf K = 2")
+
+
+def test_print_says_equal_layers_once_and_the_first_of_many_sites():
+    def many():
+        for i in range(40):
+            pyro.sample(f"x{i}", dist.Normal(0.0, 1.0))
+
+    guide = flowvi.AutoFlow(many, "tails", 3)
+    guide()
+    found = repr(guide)
+    assert "->    3 x Tails(D=40)" in found
+    assert "x29" in found
+    assert "x30" not in found
+    assert found.endswith("... 10 more")
+
+
 def test_fresh_guide_takes_a_state_dict_after_one_call(make):
     guide = shaken(make, schools, *DATA)
     fresh = make(schools)

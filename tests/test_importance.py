@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pyro
@@ -263,3 +264,23 @@ def test_a_model_without_plates_is_one_datum():
 
     truth = float(torch.distributions.Normal(0.0, math.sqrt(2)).log_prob(torch.tensor(1.0)))
     assert flowvi.IWELBO(4).loss(plain, posterior) == pytest.approx(-truth)
+
+
+def test_pyros_log_does_not_tell_how_the_plates_were_counted():
+    lines = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    log, keep = logging.getLogger("pyro.infer.elbo"), Keep(logging.INFO)
+    level = log.level
+    log.addHandler(keep)
+    try:
+        Trace_ELBO(2, vectorize_particles=True).loss(model, guide, data())
+        assert len(lines) == 1  # what Pyro itself says
+        flowvi.IWELBO(2).loss(model, guide, data())
+        assert len(lines) == 1
+        assert log.level == level
+    finally:
+        log.removeHandler(keep)

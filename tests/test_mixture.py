@@ -138,6 +138,7 @@ def test_weights_are_normalized_and_can_be_set():
     q.set_weights_(torch.tensor([0.0, math.log(3)]))
     assert q.weights.tolist() == pytest.approx([0.25, 0.75])
     assert "0.750" in repr(q)
+    assert f"{sum(p.numel() for p in q.parameters())} parameters" in repr(q)
     assert not any(p is q.log_weights for p in q.parameters())
     assert len(list(q.parameters())) == sum(len(list(f.parameters())) for f in q.flows)
 

@@ -18,7 +18,7 @@ def skewed(z):
 
 
 def fit(lr):
-    return flowvi.fit(skewed, dim=5, lr=lr, seed=0, time_limit=6, verify=False, progress=False)
+    return flowvi.fit(skewed, dim=5, lr=lr, seed=0, time_limit=30, verify=False, progress=False)
 
 
 def test_a_round_that_makes_it_worse_is_made_again_with_smaller_steps(monkeypatch):

@@ -41,7 +41,7 @@ CASES = {
     "affine full": partial(Affine, kind="full"),
 }
 DIMS = (1, 2, 10)
-NEED_TWO = {"householder"}  # flows that refuse D = 1
+NEED_TWO = {"funnel", "householder"}  # flows that refuse D = 1
 
 
 def perturbed(make, dim: int, *, scale: float = 0.7, dtype: torch.dtype = torch.float64, seed: int = 0):

@@ -32,6 +32,7 @@ from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.engine import STOP_EVERY, Schedule
 from flowvi.fit.rmsprop import FlatRMSprop
 from flowvi.objectives import ELBO, LinearAnneal, PathELBO
+from flowvi.progress import wanted
 from flowvi.transforms.registry import lookup
 
 __all__ = ["fit_amortized"]
@@ -167,7 +168,9 @@ def fit_amortized(
     start = time.perf_counter()
     store = pyro.get_param_store()
     cuda = [where.index or 0] if where is not None and where.type == "cuda" else []
-    with store.scope(store.get_state()) as learnt, torch.random.fork_rng(devices=cuda), ranks.working():
+    progress = progress if ranks.is_first else False
+    forked = torch.random.fork_rng(devices=cuda)
+    with store.scope(store.get_state()) as learnt, forked, ranks.working(), wanted(progress):
         torch.manual_seed(seed)
         guide = AmortizedGuide(model, encoder, name, num_flows, **options)
         first = data.minibatch(0, min(batch_size or BATCH_SIZE, len(data)), seed)
@@ -196,7 +199,7 @@ def fit_amortized(
             Schedule(num_steps, lr or LR),
             walk,
             seed=seed,
-            progress=progress if ranks.is_first else False,
+            progress=progress,
             checkpoint=saver,
             ranks=ranks,
         )

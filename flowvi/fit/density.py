@@ -33,6 +33,7 @@ from flowvi.fit.engine import Schedule
 from flowvi.fit.rows import Rows, Scaling, as_rows, split
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
+from flowvi.progress import wanted
 from flowvi.threads import one_thread_if_small
 from flowvi.transforms.affine import AFFINE_KINDS
 from flowvi.transforms.networks import ZeroStart
@@ -155,7 +156,7 @@ def fit_density(
     schedule = Schedule(num_steps, lr or (LR if _has_networks(q) else LR_SHALLOW))
     start = time.perf_counter()
     _whiten(q, scaling.apply(train), scaling)
-    with one_thread_if_small(batch_size * dim * max(1, num_flows)):
+    with one_thread_if_small(batch_size * dim * max(1, num_flows)), wanted(progress):
         record = _maximize(
             q,
             scaling.apply(train),

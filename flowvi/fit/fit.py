@@ -35,11 +35,14 @@ from flowvi.fit.attempt import Attempt, Family, Plan, Trial
 from flowvi.fit.checkpoint import Checkpoint, describe
 from flowvi.fit.distributed import ALONE, Ranks, local_device
 from flowvi.fit.engine import Record
+from flowvi.fit.memory import check_memory, forecast
+from flowvi.fit.rounds import MAX_FLOWS
 from flowvi.fit.steps import check_split
 from flowvi.flow import FlowSpec
 from flowvi.guides import default_base
 from flowvi.objectives import ELBO, BalancedELBO
 from flowvi.posterior import History, Posterior
+from flowvi.progress import wanted
 from flowvi.targets import as_density
 from flowvi.threads import one_thread_if_small
 from flowvi.transforms.affine import AFFINE_KINDS
@@ -55,6 +58,7 @@ NUM_STEPS, NUM_STEPS_WHITENED = 4000, 3000
 AUTO_FLOW = "planar"
 RANKS_SHARE = ("particles", "restarts")
 LONG = 32  # layers, above which the step size falls as 1 / sqrt(K): the moves of K layers add up
+MAX_FUNNEL_DIM = 256  # a funnel layer has D^2 / 2 parameters
 WIDE = 200  # D, above which it falls as 1 / sqrt(D): the entries of one direction's vector move all at once
 
 
@@ -135,8 +139,8 @@ def fit(
         lr: the largest step size; 4e-2 for planar and radial, 1e-2 for flows with networks; above K = 32 less,
             as 1 / sqrt(K), and above D = 200, as 1 / sqrt(D).
         anneal: True for beta from .01 to 1 over the first 30% of the steps, False for none, or a schedule
-            step -> beta. None: for energies, and where the whitening's starts disagree.
-        whiten: whether the best Gaussian is fitted first. None: for models and callables.
+            step -> beta. None: for energies of the plane, and where the whitening's starts disagree.
+        whiten: whether the best Gaussian is fitted first. None: for all but energies of the plane.
         objective: an estimator in place of `num_particles` and `anneal`, such as ``flowvi.ELBO(64)``. None:
             `flowvi.BalancedELBO` where the flow has a path score, else the standard one.
         base: the affine layer after the flow, "diag", "low_rank" or "full"; by default full up to D = 200.
@@ -189,6 +193,7 @@ def fit(
         RankLostError: another rank ended or fell silent; the same call goes on from the checkpoint.
         FileFormatError: the file in `checkpoint` is damaged, of a newer version or of something else.
         DimensionError, TargetError and its children: the target can't be used; the message says why.
+        TooLargeError: by the forecast (`flowvi.fit.memory`) the fit needs more than twice the memory that there is.
 
     Example:
         >>> import flowvi
@@ -281,15 +286,19 @@ def fit(
     timing["trace"] = time.perf_counter() - start
 
     label = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
-    spec = FlowSpec(label, density.dim, num_flows, base or default_base(density.dim), options)
+    is_picture = density.model is None and dim is None and density.dim <= 2
+    funnels = 0
+    if rounds and not is_picture and 1 < density.dim <= MAX_FUNNEL_DIM:
+        # A model samples a scale before what it scales; of a callable's coordinates the order is not known.
+        funnels = 1 if density.model is not None else 2
+    spec = FlowSpec(label, density.dim, num_flows, base or default_base(density.dim), options, funnels)
     family = Family(spec, None if isinstance(name, str) else name)
-    is_energy = density.model is None and dim is None
-    whiten = not is_energy if whiten is None else whiten
+    whiten = not is_picture if whiten is None else whiten
     plan = Plan(
         num_steps=num_steps or (NUM_STEPS_WHITENED if whiten else NUM_STEPS),
         num_particles=num_particles or NUM_PARTICLES,
         lr=lr or entry.lr * min(1.0, math.sqrt(LONG / max(1, num_flows))) * min(1.0, math.sqrt(WIDE / density.dim)),
-        anneal=anneal if anneal is not None or not is_energy else True,
+        anneal=anneal if anneal is not None or not is_picture else True,
         whiten=whiten,
         objective=objective,
         time_limit=None if time_limit is None else time_limit / most,
@@ -297,6 +306,18 @@ def fit(
         progress=progress if job.is_first else False,
         rounds=rounds,
     )
+    sizes = forecast(
+        replace(spec, num_flows=MAX_FLOWS) if rounds else spec,
+        num_particles=-(-(objective or plan).num_particles // ranks.world),
+        itemsize=density.dtype.itemsize,
+        whiten=whiten,
+        verify=verify is not False,
+        rounds=rounds,
+        num_data=sum(value.numel() for value in density.observed.values()) if density.path == "graph" else 0,
+        registered=family.factory is None,
+    )
+    with job.quiet():
+        memory = check_memory(sizes, density.device)
     saver = None
     tries: list[Attempt] = []
     if checkpoint is not None:
@@ -319,7 +340,7 @@ def fit(
         saver.keep("fit", lambda: {"tries": [t.to_dict() for t in tries], "timing": timing})
     interrupted = False
     size = plan.num_particles * density.dim * max(1, num_flows) // ranks.world
-    with one_thread_if_small(size), job.working(together=not by_restarts):
+    with one_thread_if_small(size), job.working(together=not by_restarts), wanted(plan.progress):
         for attempt in mine[len(tries) :]:
             try:
                 tries.append(Trial(density, family, plan, seed + attempt, timing, saver, ranks).run())
@@ -358,6 +379,7 @@ def fit(
         "dtype": str(density.dtype).removeprefix("torch."),
         "device": str(density.device),
         "log_density": density.path,
+        "memory": memory,
         "stopped": record.stopped,
     }
     config, timing = job.same((config, timing))
@@ -367,7 +389,8 @@ def fit(
     if verify is None or verify:
         start = time.perf_counter()
         try:
-            diagnosis = posterior.diagnose()
+            with wanted(plan.progress):
+                diagnosis = posterior.diagnose()
         except KeyboardInterrupt:  # what is fitted is not lost
             warnings.warn(
                 InterruptedWarning("stopped by Ctrl-C before the fit was verified: see posterior.diagnose()."),

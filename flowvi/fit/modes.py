@@ -77,21 +77,24 @@ class _Gaussians:
         each = -(-num // self.num)
         shape = (self.num, each, self.dim)
         e = torch.randn(shape, generator=generator, dtype=torch.float64, device=self.loc.device)
-        z = self.loc.unsqueeze(1) + (e @ self.tril.mT if self.full else e * self.tril.unsqueeze(1))
-        return z.reshape(-1, self.dim)
+        z = e @ self.tril.mT if self.full else e.mul_(self.tril.unsqueeze(1))
+        return z.add_(self.loc.unsqueeze(1)).reshape(-1, self.dim)
 
-    def whitened(self, z: Tensor) -> Tensor:
-        """L_r^-1 (z - mu_r), (S, R, D)."""
+    def squares(self, z: Tensor) -> Tensor:
+        """|L_r^-1 (z - mu_r)|^2, (S, R), for some rows and one Gaussian at a time: (S, R, D) may be gigabytes."""
+        return torch.cat([self._squares(part) for part in z.split(1024)])
+
+    def _squares(self, z: Tensor) -> Tensor:
         columns = []
         for loc, tril in zip(self.loc, self.tril, strict=True):
             e = z.double() - loc
-            columns.append(torch.linalg.solve_triangular(tril, e.mT, upper=False).mT if self.full else e / tril)
+            e = torch.linalg.solve_triangular(tril, e.mT, upper=False).mT if self.full else e / tril
+            columns.append(e.square().sum(-1))
         return torch.stack(columns, 1)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log g_r(z), (S, R)."""
-        squares = self.whitened(z).square().sum(-1)
-        return -0.5 * squares - self.log_scale - 0.5 * self.dim * math.log(2 * math.pi)
+        return -0.5 * self.squares(z) - self.log_scale - 0.5 * self.dim * math.log(2 * math.pi)
 
     def distance(self, i: int, j: int) -> float:
         """Between two means, in sds of the mean of both covariances."""
@@ -106,8 +109,7 @@ class _Gaussians:
 def near(modes: Sequence[Start], z: Tensor) -> Tensor:
     """Whether points (S, D) are near each mode, in its own sds: (S, R), bool."""
     gaussians = _Gaussians(modes)
-    e = gaussians.whitened(z)
-    return torch.linalg.vector_norm(e, dim=-1) <= NEAR + NEAR_PER_ROOT_DIM * gaussians.dim**0.5
+    return gaussians.squares(z).sqrt() <= NEAR + NEAR_PER_ROOT_DIM * gaussians.dim**0.5
 
 
 def _usable(starts: Sequence[Start]) -> list[Start]:

@@ -105,7 +105,7 @@ def grow(flow: Flow, num_flows: int, seed: int) -> Flow:
     """The same density with more planar layers: the new ones are the identity, in random directions.
 
     Args:
-        flow: a planar stack, or nothing, and an affine layer.
+        flow: a planar stack and funnels, or nothing, and an affine layer.
         num_flows: K of the larger flow.
         seed: of the directions.
     """
@@ -115,11 +115,13 @@ def grow(flow: Flow, num_flows: int, seed: int) -> Flow:
         torch.manual_seed(seed)
         larger = Flow.from_spec(replace(spec, num_flows=num_flows), dtype=flow.dtype, device=flow.device)
     with torch.no_grad():
-        stack, affine = larger.transforms
+        stack, *_, affine = larger.transforms
         old = flow.transforms[0]
         if isinstance(old, PlanarStack):
             for new_p, p in zip(stack.parameters(), old.parameters(), strict=True):
                 new_p[: len(p)] = p
+            for new, same in zip(larger.transforms[1:-1], flow.transforms[1:-1], strict=True):
+                new.load_state_dict(same.state_dict())
         affine.load_state_dict(flow.transforms[-1].state_dict())
     return larger
 

@@ -20,11 +20,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from flowvi.fit.modes import MIN_SHARE, near
 from flowvi.fit.paths import paths, straight
 from flowvi.fit.whiten import Start, ascend
 from flowvi.objectives import Target
+from flowvi.progress import counting
 
 __all__ = ["NUM_SCOUTS", "search"]
 
@@ -58,34 +60,37 @@ def search(known: Sequence[Start], target: Target, generator: torch.Generator) -
     Returns:
         Gaussians elsewhere whose ELBO is at least about 1e-3 of the best in evidence; often none.
     """
-    for reach in range(len(RADII), 0, -1):
-        try:
-            return _search(known, target, generator, RADII[:reach])
-        except ValueError:  # the target refuses what overflows far out, as torch's distributions do: stay nearer
-            continue
+    with counting("look for further modes") as bar:
+        for reach in range(len(RADII), 0, -1):
+            try:
+                return _search(known, target, generator, RADII[:reach], bar)
+            except ValueError:  # the target refuses what overflows far out, as torch's distributions do: stay nearer
+                continue
     return ()
 
 
 def _search(
-    known: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float]
+    known: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float], bar: tqdm
 ) -> tuple[Start, ...]:
     found: list[Start] = []
     for _ in range(ROUNDS):
         modes = [*known, *found]
-        new = _round(modes, target, generator, radii)
+        new = _round(modes, target, generator, radii, bar)
         found += new
         if not new:
             break
     return tuple(found)
 
 
-def _round(modes: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float]) -> list[Start]:
+def _round(
+    modes: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float], bar: tqdm
+) -> list[Start]:
     best = modes[0]
     root = best.scale_tril
     guesses = _guesses(modes)[:NUM_GUESSES]
     far = _far(NUM_SCOUTS - len(guesses), len(best.loc), generator, radii).to(root)
     z = torch.cat([best.loc + (far @ root.mT if root.dim() == 2 else far * root), *(g.unsqueeze(0) for g in guesses)])
-    z, log_p = _climb(z, best.loc, root, target)
+    z, log_p = _climb(z, best.loc, root, target, bar)
     at_modes, _ = target.value_and_grad(torch.stack([m.loc for m in modes]))
     low = torch.nan_to_num(at_modes, nan=-math.inf).max() - LAG - LAG_PER_DIM * len(best.loc)
     places = z[log_p > low]
@@ -100,7 +105,7 @@ def _round(modes: Sequence[Start], target: Target, generator: torch.Generator, r
     if not chosen:
         return []
     loc, tril = torch.stack([c.loc for c in chosen]), torch.stack([c.scale_tril for c in chosen])
-    loc, tril, elbo = ascend(target, loc, 0.5 * tril, NUM_STEPS, NUM_PARTICLES, generator)
+    loc, tril, elbo = ascend(target, loc, 0.5 * tril, NUM_STEPS, NUM_PARTICLES, generator, bar)
     least = max(m.elbo for m in modes) + math.log(MIN_SHARE)
     ended = [Start(m, t, e) for m, t, e in zip(loc, tril, elbo.tolist(), strict=True) if e > least]
     new: list[Start] = []
@@ -144,7 +149,7 @@ def _guesses(modes: Sequence[Start]) -> list[Tensor]:
     return guesses
 
 
-def _climb(z: Tensor, loc: Tensor, root: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+def _climb(z: Tensor, loc: Tensor, root: Tensor, target: Target, bar: tqdm) -> tuple[Tensor, Tensor]:
     """Gradient steps uphill in the whitened coordinates, each scout with a step length of its own."""
 
     def at(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,4 +172,5 @@ def _climb(z: Tensor, loc: Tensor, root: Tensor, target: Target) -> tuple[Tensor
         z, pull = torch.where(better[:, None], new, z), torch.where(better[:, None], new_pull, pull)
         log_p = torch.where(better, new_log_p, log_p)
         step = torch.where(better, 1.5 * step, 0.3 * step)
+        bar.update()
     return z, log_p

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from contextlib import nullcontext
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowvi.errors import OptionError
+from flowvi.progress import waiting
 
 BACKENDS = ("auto", "torch", "numba")
 
@@ -70,7 +73,8 @@ def has_numba() -> bool:
 def _module(name: str) -> Any:
     """A module of compiled kernels, or None where numba can't be imported."""
     try:
-        return importlib.import_module(f"flowvi.kernels.compiled.{name}")
+        with nullcontext() if "numba" in sys.modules else waiting("load the compiled kernels"):
+            return importlib.import_module(f"flowvi.kernels.compiled.{name}")
     except ImportError:
         return None
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowvi.progress import waiting
+
 __all__ = ["CompileReport", "compile_flat", "seconds_per_call"]
 
 SECONDS, SECONDS_PER_NODE = 5.0, 0.06
@@ -75,7 +77,7 @@ def compile_flat(
     before = seconds_per_call(flat, *inputs)
     try:
         compiled: Function = torch.compile(flat, dynamic=False, fullgraph=True)
-        with torch.no_grad():
+        with torch.no_grad(), waiting("compile the target"):
             found, expected = compiled(*inputs), flat(*inputs)
     except Exception as error:  # a missing compiler, an operation that Inductor can't lower: eager is right as well
         words = str(error).strip().split("\n")[0][:200]

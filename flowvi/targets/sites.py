@@ -83,22 +83,37 @@ class Layout:
         self.sites = sites
         self.shapes = {s.name: s.shape if constrained else s.unconstrained_shape for s in sites}
         self.constrained = {s.name: s.shape for s in sites}
+        self._kinds = {s.name: _kind(s.support) for s in sites}
         self.slices: dict[str, slice] = {}
         self.size = 0
         for name, shape in self.shapes.items():
             self.slices[name] = slice(self.size, self.size + shape.numel())
             self.size += shape.numel()
 
-    def read(self, vector: Tensor, name: str) -> Tensor:
+    def read(self, vector: Tensor, name: str, shape: Size, support: Constraint) -> Tensor:
         """The value of one site out of a vector (size,).
 
+        Args:
+            vector: all sites' values.
+            name: the site.
+            shape: of its distribution in this run; in front there may be dimensions of discrete latents.
+            support: in this run. Its bounds may be others than in the first run, its kind may not.
+
         Raises:
-            TargetError: If there is no such site, because the model has other sites than in its first run.
+            TargetError: If the model had no such site in its first run, or one of another shape or kind of support.
         """
         if name not in self.slices:
             raise TargetError(
                 f"the latent site {name!r} is not in every run of the model: its sites may not depend on the "
                 "values of its latents; write one model for each structure"
+            )
+        expected, kind = self.constrained[name], _kind(support)
+        if shape[max(0, len(shape) - len(expected)) :] != expected or kind is not self._kinds[name]:
+            had, has = self._kinds[name].__name__.strip("_"), kind.__name__.strip("_")
+            raise TargetError(
+                f"the latent site {name!r} is not the same in every run of the model: it had shape {tuple(expected)} "
+                f"and a support of the kind {had}, and now has {tuple(shape)} and {has}. Neither may depend on the "
+                "values of its latents or on earlier runs; write one model for each structure"
             )
         return vector[self.slices[name]].reshape(self.shapes[name])
 
@@ -155,7 +170,7 @@ class FromUnconstrained(Reader):
 
     def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
         """X = T(z), and its log|dx/dz|."""
-        u = self._layout.read(self._z, name)
+        u = self._layout.read(self._z, name, shape, support)
         x = transform(u)
         if x.dim() > len(self._layout.constrained[name]):
             raise DiscreteLatentError(
@@ -215,7 +230,7 @@ class FromConstrained(Reader):
 
     def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
         """X as given; keeps z = T^-1(x), log|dx/dz|, and whether x lies inside the support."""
-        x = self._layout.read(self._x, name)
+        x = self._layout.read(self._x, name, shape, support)
         u = transform.inv(x)
         self.unconstrained[name] = u
         self.inside[name] = _inside(support, x).all() & u.isfinite().all()
@@ -280,11 +295,20 @@ def _subsampled_latent(name: str, frame: Any) -> SubsampledLatentError:
     )
 
 
+def _base(support: Constraint) -> Constraint:
+    """The support of one element."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _kind(support: Constraint) -> type:
+    return type(_base(support))
+
+
 def _inside(support: Constraint, x: Tensor) -> Tensor:
     """Whether x lies in the support; sums to one are checked loosely, because draws may come in float32."""
-    base = support
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
+    base = _base(support)
     if base is constraints.simplex:
         return (x >= 0).all(-1) & ((x.sum(-1) - 1).abs() < 1e-5)
     if base is constraints.corr_cholesky:

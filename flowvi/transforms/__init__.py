@@ -13,6 +13,7 @@ from flowvi.transforms.coupling import (
     nice,
     real_nvp,
 )
+from flowvi.transforms.funnel import ConditionalFunnel, Funnel, conditional_funnel, funnel
 from flowvi.transforms.guests import from_pyro, from_zuko
 from flowvi.transforms.mixing import Householder, conditional_householder, householder
 from flowvi.transforms.planar import (
@@ -60,12 +61,14 @@ __all__ = [
     "Affine",
     "AutoregressiveSpline",
     "ConditionalAffine",
+    "ConditionalFunnel",
     "ConditionalPlanar",
     "ConditionalRadial",
     "ConditionalStack",
     "ConditionalSylvester",
     "ConditionalTails",
     "Coupling",
+    "Funnel",
     "Householder",
     "NeuralSpline",
     "Planar",
@@ -81,6 +84,7 @@ __all__ = [
     "affine",
     "available",
     "conditional_affine",
+    "conditional_funnel",
     "conditional_householder",
     "conditional_iaf",
     "conditional_maf",
@@ -95,6 +99,7 @@ __all__ = [
     "conditional_tails",
     "from_pyro",
     "from_zuko",
+    "funnel",
     "householder",
     "iaf",
     "maf",

@@ -15,6 +15,7 @@ from flowvi.transforms.affine import affine
 from flowvi.transforms.autoregressive import conditional_iaf, conditional_maf, iaf, iaf_stack, maf, maf_stack
 from flowvi.transforms.conditional_affine import conditional_affine
 from flowvi.transforms.coupling import conditional_nice, conditional_real_nvp, nice, real_nvp
+from flowvi.transforms.funnel import conditional_funnel, funnel, funnel_stack
 from flowvi.transforms.guests import adapt, stack_of
 from flowvi.transforms.mixing import conditional_householder, householder
 from flowvi.transforms.planar import planar, planar_stack
@@ -228,6 +229,18 @@ register(
     description=(
         "affine coupling layers, mixing='perm' | 'orth' | 'none'; fast both ways; K (H (H + 3 D / 2 + 2) + D) "
         "parameters at two hidden layers of H (default 32); path score"
+    ),
+)
+register(
+    "funnel",
+    funnel,
+    stack=funnel_stack,
+    conditional=conditional_funnel,
+    num_flows=2,
+    lr=4e-2,
+    description=(
+        "scales that are exp of a linear function of the coordinates before (after, by turns): funnels, hierarchies; "
+        "fast forward, D steps back; K D (D - 1) / 2 parameters; path score"
     ),
 )
 register(

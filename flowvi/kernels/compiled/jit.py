@@ -16,6 +16,8 @@ from typing import Any
 
 import numba
 
+from flowvi.progress import waiting
+
 SUMS = frozenset({"reassoc", "contract", "nsz"})
 """Fast-math of the loops."""
 
@@ -42,7 +44,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     try:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder that can be written to: every process compiles for itself
-        return numba.njit(**options)(function)
+        return _announced(numba.njit(**options)(function))
     save = compiled._cache.save_overload
 
     def save_if_there_is_room(*args: Any) -> None:
@@ -50,6 +52,19 @@ def kernel(function: Callable[..., Any]) -> Any:
             save(*args)
 
     compiled._cache.save_overload = save_if_there_is_room
+    return _announced(compiled)
+
+
+def _announced(compiled: Any) -> Any:
+    """A kernel that says so when it is compiled, which takes seconds, and not when it is loaded."""
+    compiler, function = compiled._compiler.compile, compiled.py_func
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+
+    def compile_aloud(*args: Any) -> Any:
+        with waiting(f"compile the kernel {name} (kept for later runs)"):
+            return compiler(*args)
+
+    compiled._compiler.compile = compile_aloud
     return compiled
 
 

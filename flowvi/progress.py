@@ -1,0 +1,51 @@
+"""What a terminal or notebook shows while there is nothing to count, or not for long: a line that goes when it is over.
+
+Such waits lie deep inside (kernels that compile at their first call), so whether they are shown is not handed down
+from call to call: `wanted` sets it for all that runs inside of it, in this thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from tqdm.auto import tqdm
+
+__all__ = ["counting", "waiting", "wanted"]
+
+PATIENCE = 1.0
+"""Seconds before a bar that counts is shown."""
+
+_wanted: ContextVar[bool | None] = ContextVar("flowvi_progress", default=None)
+
+
+@contextmanager
+def wanted(progress: bool | None) -> Iterator[None]:
+    """Whether what is inside shows its waits; None shows them in a terminal or notebook, as without this."""
+    token = _wanted.set(progress)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def waiting(words: str) -> tqdm:
+    """A line for a ``with`` in which nothing can be counted, and which takes seconds."""
+    return tqdm(desc=words, bar_format="{desc}", leave=False, disable=_disable())
+
+
+def counting(words: str, total: int | None = None) -> tqdm:
+    """A bar for a ``with``, shown after a second.
+
+    Args:
+        words: what is being done.
+        total: the number of updates to come, where it is known.
+    """
+    return tqdm(desc=words, total=total, leave=False, disable=_disable(), delay=PATIENCE)
+
+
+def _disable() -> bool | None:
+    """What tqdm calls `disable`, of which None is "unless this is a terminal or a notebook"."""
+    progress = _wanted.get()
+    return None if progress is None else not progress
