@@ -130,7 +130,7 @@ def plot_layers(
     height = 2.0
     if not _has_sites(posterior):
         height *= min(2.0, max(0.4, (box[1][1] - box[1][0]) / (box[0][1] - box[0][0])))
-    axes = _panels(ax, len(ks), size=(2.3, height + 1.0))[: len(ks)]
+    axes = _panels(ax, len(ks), size=(2.3, height + 0.7))[: len(ks)]
     for axis, k, function in zip(axes, ks, functions, strict=True):
         image = plane.on_grid(function, box, num)
         # The shape is the message: each panel has its own scale of colours.

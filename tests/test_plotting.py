@@ -191,6 +191,19 @@ def test_layers(annealed):
     assert len(limits) == 1
 
 
+def test_layers_titles_and_labels_are_inside_the_picture(posterior):
+    for q, box in ((posterior, None), (random_flow(), ((-4, 4), (-2, 2)))):
+        axes = plotting.plot_layers(q, [0, 2], box=box, num=10)
+        figure = axes[0].figure
+        figure.canvas.draw()
+        for words in (axes[0].title, axes[0].xaxis.label, axes[0].yaxis.label):
+            inside, (width, height) = words.get_window_extent(), figure.bbox.size
+            assert inside.x0 >= 0
+            assert inside.y0 >= 0
+            assert inside.x1 <= width
+            assert inside.y1 <= height
+
+
 def test_elbo_marks_its_phases(posterior, annealed):
     axis = plotting.plot_elbo(posterior)
     words = text_of(axis)
@@ -263,6 +276,14 @@ def test_error_against_k():
     assert np.allclose(y, [2 / 2, 2 / 8, 2 / 32])  # the median of the seeds
     assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["planar", "radial"]
     assert "nats" in axes[0].get_ylabel()
+
+
+def test_flows_with_the_same_errors_are_both_seen():
+    rows = [{"flow": flow, "K": k, "kl": 1 / k} for flow in ("first", "second") for k in (2, 8)]
+    (axis,) = plotting.plot_error_against_k(rows)
+    first, second = axis.containers
+    assert first[0].get_linewidth() > second[0].get_linewidth()
+    assert first[0].get_markersize() > second[0].get_markersize()
 
 
 def test_error_against_k_says_what_it_lacks():
