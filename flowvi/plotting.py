@@ -130,7 +130,7 @@ def plot_layers(
     height = 2.0
     if not _has_sites(posterior):
         height *= min(2.0, max(0.4, (box[1][1] - box[1][0]) / (box[0][1] - box[0][0])))
-    axes = _panels(ax, len(ks), size=(2.3, height + 0.7))[: len(ks)]
+    axes = _panels(ax, len(ks), size=(2.3, height + 1.0))[: len(ks)]
     for axis, k, function in zip(axes, ks, functions, strict=True):
         image = plane.on_grid(function, box, num)
         # The shape is the message: each panel has its own scale of colours.
@@ -424,8 +424,10 @@ def _unrefined(posterior: Posterior) -> Posterior:
 
 
 def _flow_title(flow: Flow, posterior: Posterior | None) -> str:
-    """The flow's name, K, and KL where it is known."""
-    name = "flow" if flow.spec is None else f"{flow.spec.name}, K = {flow.spec.num_flows}"
+    """The flow's name, K + its funnels, and KL where it is known."""
+    name = "flow"
+    if flow.spec is not None:
+        name = f"{flow.spec.name}, K = {flow.spec.num_flows}" + (f" + {flow.spec.funnels}" if flow.spec.funnels else "")
     kl = None if posterior is None else _unrefined(posterior).diagnose().kl
     return name if kl is None else f"{name} (KL {kl:.2g} nats)"
 

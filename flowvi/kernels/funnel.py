@@ -6,10 +6,15 @@ slope = dl/da: the terms without x_k t_k are d log|det|/dx.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flowvi.kernels import dispatch
+
+MAX_COMPILED_DIM = 32
+"""Largest D at which plain loops beat the matrix products of torch."""
 
 
 @torch.no_grad()
@@ -51,6 +56,7 @@ class FunnelStep:
     Args:
         matrix: (D, D), of which N is the strict lower triangle (upper, where reversed) times `unit`.
         grad: memory of its gradient.
+        num_particles: S.
         unit: N / matrix.
         clip: c.
         reverse: whether the coordinates are taken in reversed order.
@@ -58,36 +64,63 @@ class FunnelStep:
     """
 
     def __init__(
-        self, matrix: Tensor, grad: Tensor, *, unit: float, clip: float, reverse: bool, with_score: bool = True
+        self,
+        matrix: Tensor,
+        grad: Tensor,
+        *,
+        num_particles: int,
+        unit: float,
+        clip: float,
+        reverse: bool,
+        with_score: bool = True,
     ) -> None:
         self.matrix, self.grad = matrix.detach(), grad.detach()
         self.unit, self.clip, self.reverse, self.with_score = unit, clip, reverse, with_score
+        self._kernels: Any = None
+        if len(matrix) <= MAX_COMPILED_DIM:
+            module = dispatch.compiled("funnel", self.matrix, self.grad)
+            if module is not None:
+                memory = [matrix.new_empty(num_particles, len(matrix)).detach() for _ in range(5)]
+                self._y, self._scale, self._slope, self._score, self._g_x = memory
+                self._log_det, self._g_n = matrix.new_empty(num_particles), torch.empty_like(self.matrix)
+                dtype = self._g_n.numpy().dtype.type
+                self._kernels = module.make_forward(dtype), module.make_backward(dtype)
 
     def forward(self, x: Tensor, score: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Y (S, D), log|det dy/dx| (S,) and the score at y, from x and the score at x (None: -x)."""
         score = -x if score is None else score
-        x = x.flip(-1) if self.reverse else x
-        n = torch.tril(self.matrix.flip((0, 1)) if self.reverse else self.matrix, -1) * self.unit
+        n = torch.tril(self._turned(self.matrix, (0, 1)), -1) * self.unit
+        x, score = self._turned(x), self._turned(score)
+        if self._kernels is not None:
+            self._kept = x.numpy(), self._y.numpy(), self._scale.numpy(), self._slope.numpy(), n.numpy()
+            known, log_det, out = self._kept, self._log_det, self._score
+            self._kernels[0](known[0], score.numpy(), known[4], self.clip, *known[1:4], log_det.numpy(), out.numpy())
+            return self._turned(self._y), log_det, self._turned(out) if self.with_score else None
         t = torch.tanh((x @ n.mT).div_(self.clip))
         log_scale, slope = self.clip * t, torch.addcmul(torch.ones_like(t), t, t, value=-1)
         scale = log_scale.exp()
         y = x * scale
-        self._kept = x, y, scale, slope, n
-        out = None
-        if self.with_score:
-            out = scaled_score(x, slope, score.flip(-1) if self.reverse else score, n) / scale
-            out = out.flip(-1) if self.reverse else out
-        return y.flip(-1) if self.reverse else y, log_scale.sum(-1), out
+        self._tensors = x, y, scale, slope, n
+        pushed = self._turned(scaled_score(x, slope, score, n) / scale) if self.with_score else None
+        return self._turned(y), log_scale.sum(-1), pushed
 
     def backward(self, g_y: Tensor, g_log_det: Tensor | None = None) -> Tensor:
         """The cotangent of x (S, D) from those of y (S, D) and log|det| (S,); fills the matrix's gradient."""
-        x, y, scale, slope, n = self._kept
-        g_y = g_y.flip(-1) if self.reverse else g_y
+        g_y = self._turned(g_y)
+        if self._kernels is not None:
+            more = (self._log_det if g_log_det is None else g_log_det).numpy()
+            self._kernels[1](
+                g_y.numpy(), more, g_log_det is not None, *self._kept, self._g_x.numpy(), self._g_n.numpy()
+            )
+            torch.mul(self._turned(self._g_n, (0, 1)), self.unit, out=self.grad)
+            return self._turned(self._g_x)
+        x, y, scale, slope, n = self._tensors
         to_log_scale = g_y * y
         if g_log_det is not None:
             to_log_scale += g_log_det.unsqueeze(-1)
         to_a = to_log_scale * slope
-        to_n = (to_a.mT @ x).tril_(-1).mul_(self.unit)
-        self.grad.copy_(to_n.flip((0, 1)) if self.reverse else to_n)
-        g_x = torch.addcmul(to_a @ n, g_y, scale)
-        return g_x.flip(-1) if self.reverse else g_x
+        self.grad.copy_(self._turned((to_a.mT @ x).tril_(-1).mul_(self.unit), (0, 1)))
+        return self._turned(torch.addcmul(to_a @ n, g_y, scale))
+
+    def _turned(self, a: Tensor, dims: tuple[int, ...] = (-1,)) -> Tensor:
+        return a.flip(dims) if self.reverse else a

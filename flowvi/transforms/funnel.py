@@ -105,7 +105,13 @@ class Funnel(Transform):
             return None
         unit = self.input_dim**-0.5
         return kernels.FunnelStep(
-            self.matrix, self.matrix.grad, unit=unit, clip=self.clip, reverse=self.reverse, with_score=with_score
+            self.matrix,
+            self.matrix.grad,
+            num_particles=num_particles,
+            unit=unit,
+            clip=self.clip,
+            reverse=self.reverse,
+            with_score=with_score,
         )
 
     def extra_repr(self) -> str:

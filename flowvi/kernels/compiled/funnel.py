@@ -1,4 +1,4 @@
-"""The two triangular recurrences of a funnel layer, a particle at a time, on numpy arrays.
+"""A funnel layer a particle at a time, on numpy arrays: its triangular recurrences, and the whole of a small one.
 
 n (D, D) is strictly lower triangular and contiguous; its transpose is given too where columns are read.
 """
@@ -65,3 +65,62 @@ def _make_inverse(dtype: type) -> Any:
 def inverse(y: Any, columns: Any, clip: float, x: Any, log_scale: Any) -> None:
     """Fill x and l (S, D) from y (S, D) and columns, the transpose of n."""
     _make_inverse(y.dtype.type)(y, columns, clip, x, log_scale)
+
+
+@cache
+def make_forward(dtype: type) -> Any:
+    """Fill y, l, slope (S, D), log_det (S,) and out, the score at y (S, D), from x and the score at x (S, D)."""
+    F, TAG = dtype, stamp()
+
+    @kernel
+    def forward(x: Any, score: Any, n: Any, clip: float, y: Any, scale: Any, slope: Any, log_det: Any, out: Any) -> int:
+        size, dim = x.shape
+        c = F(clip)
+        for s in range(size):
+            total = F(0)
+            for i in range(dim):
+                a = F(0)
+                for j in range(i):
+                    a += n[i, j] * x[s, j]
+                t = F(math.tanh(a / c))
+                total += c * t
+                scale[s, i] = F(math.exp(c * t))
+                slope[s, i] = F(1) - t * t
+                y[s, i] = x[s, i] * scale[s, i]
+                out[s, i] = score[s, i]
+            log_det[s] = total
+            for k in range(dim - 1, -1, -1):
+                q = slope[s, k] * (F(1) + x[s, k] * out[s, k])
+                out[s, k] /= scale[s, k]
+                for i in range(k):
+                    out[s, i] -= n[k, i] * q
+        return TAG
+
+    return forward
+
+
+@cache
+def make_backward(dtype: type) -> Any:
+    """Fill g_x (S, D) and g_n (D, D) from g_y (S, D), g_log_det (S,) or zeros, and what `make_forward` filled."""
+    F, TAG = dtype, stamp()
+
+    @kernel
+    def backward(
+        g_y: Any, g_log_det: Any, weighed: bool, x: Any, y: Any, scale: Any, slope: Any, n: Any, g_x: Any, g_n: Any
+    ) -> int:
+        size, dim = x.shape
+        for i in range(dim):
+            for j in range(dim):
+                g_n[i, j] = F(0)
+        for s in range(size):
+            more = g_log_det[s] if weighed else F(0)
+            for i in range(dim):
+                g_x[s, i] = g_y[s, i] * scale[s, i]
+            for i in range(dim):
+                to_a = (g_y[s, i] * y[s, i] + more) * slope[s, i]
+                for j in range(i):
+                    g_x[s, j] += to_a * n[i, j]
+                    g_n[i, j] += to_a * x[s, j]
+        return TAG
+
+    return backward
