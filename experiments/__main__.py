@@ -13,6 +13,7 @@ from experiments import (
     calibration,
     cifar,
     density,
+    dlgm_runs,
     fig1,
     fig3,
     flow_length,
@@ -65,11 +66,20 @@ MAKES = {
 }
 
 
+SHARED = ("mnist", "cifar")
+"""Whose minibatches are split over the ranks of torchrun."""
+
+
 @app.callback()
-def one_process() -> None:
+def one_process(context: typer.Context) -> None:
     """The figures of Rezende & Mohamed 2015, made again. Each writes results.json, table.md and a PNG."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would run everything and write over the others
-        typer.echo("error: the experiments run in one process; --workers gives some of them more.", err=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in SHARED:
+        # each rank would run everything and write over the others
+        typer.echo(
+            f"error: {context.invoked_subcommand} runs in one process; --workers gives some experiments more. "
+            f"torchrun is for {' and '.join(SHARED)}.",
+            err=True,
+        )
         raise typer.Exit(2)
 
 
@@ -299,6 +309,8 @@ def _finish(run: Callable[[], Report], out: Path | None, quick: bool) -> None:
     except FlowVIError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    if not dlgm_runs.joined().is_first:
+        return
     paths = report.write(_folder(report.name, out, quick))
     typer.echo(paths[1].read_text(encoding="utf-8"))
     for path in paths:

@@ -100,7 +100,7 @@ def run(
     """
     require_matplotlib()
     start = time.perf_counter()
-    data = images(config, folder)
+    data = dlgm_runs.on_each(lambda: images(config, folder))
     for length in config.lengths:
         dlgm_runs.run_case(config.case(data, length), data, out, resume=resume, progress=progress)
     like = config.case(data, 0)

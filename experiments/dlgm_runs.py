@@ -1,7 +1,8 @@
 """Fits of the deep latent Gaussian model with flows of several lengths, each result kept in a file as it comes.
 
 A fit has a name, such as planar_K40: its row is rows/NAME.json, and while it learns its state is in checkpoints/NAME.
-Processes can work on different lengths at the same time; the table is made of the rows that are there.
+Processes can work on different lengths at the same time; the table is made of the rows that are there. Started by
+torchrun, they share each minibatch instead: all of them learn and score, and rank 0 keeps what comes of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import flowvi
 from experiments.images import Images
 from flowvi.errors import FlowVIError
+from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.models import DLGM
 
 Row = dict[str, Any]
@@ -91,6 +93,19 @@ class Case:
         return f"{self.flow}_K{self.K}"
 
 
+def joined() -> Ranks:
+    """The ranks of this job; this process alone where it is not one of several."""
+    return Ranks.join() if Ranks.launched() else ALONE
+
+
+def on_each(load: Callable[[], Images]) -> Images:
+    """The images on every rank, loaded by rank 0 first, which may have to download them."""
+    ranks = joined()
+    mine = load() if ranks.is_first else None
+    ranks.same(None, patient=True)
+    return load() if mine is None else mine
+
+
 def run_case(case: Case, images: Images, out: Path, *, resume: bool, progress: bool | None = None) -> Row:
     """Learn and score one model, and keep its row; with `resume` a row that is there is taken, a fit gone on with.
 
@@ -98,10 +113,11 @@ def run_case(case: Case, images: Images, out: Path, *, resume: bool, progress: b
         KeyboardInterrupt: the fit was stopped; its checkpoint is kept.
     """
     path, folder = out / "rows" / f"{case.name}.json", out / "checkpoints" / case.name
-    there = read_row(path)
+    ranks = joined()
+    there = ranks.first(lambda: read_row(path))
     if resume and there is not None and there["case"] == asdict(case):
         return there
-    if not resume and folder.exists():
+    if not resume and ranks.is_first and folder.exists():
         shutil.rmtree(folder)
     training = case.training
     anneal = flowvi.LinearAnneal() if training.anneal else None
@@ -130,6 +146,7 @@ def run_case(case: Case, images: Images, out: Path, *, resume: bool, progress: b
         checkpoint=folder,
         checkpoint_every=120.0,
         progress=progress,
+        distributed=ranks.world > 1,
         **options,
     )
     if fit.config["stopped"] == "interrupted":
@@ -151,10 +168,13 @@ def run_case(case: Case, images: Images, out: Path, *, resume: bool, progress: b
         "updates_per_second": training.updates / fit.timing["steps"],
         "score_seconds": time.perf_counter() - start,
         "peak_memory_mb": fit.config["peak_memory_mb"],
+        "ranks": ranks.world,
         "history": [[round(v, 4) for v in line] for line in zip(*_curve(fit), strict=True)],
         "F_each": [round(v, 4) for v in (-found.elbos).tolist()],
         "nll_each": [round(v, 4) for v in (-found.values).tolist()],
     }
+    if not ranks.is_first:
+        return row
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -189,8 +209,9 @@ def read_row(path: Path) -> Row | None:
 
 
 def all_rows(out: Path, like: Case) -> list[Row]:
-    """The rows in the folder that differ from `like` in flow and length alone: planar first, then by K."""
-    found = [row for path in sorted((out / "rows").glob("*.json")) if (row := read_row(path)) is not None]
+    """The rows in rank 0's folder that differ from `like` in flow and length alone: planar first, then by K."""
+    paths = sorted((out / "rows").glob("*.json"))
+    found = joined().first(lambda: [row for path in paths if (row := read_row(path)) is not None])
     same = [row for row in found if row["case"] | {"flow": "", "K": 0} == asdict(like) | {"flow": "", "K": 0}]
     return sorted(same, key=lambda row: (row["case"]["flow"] != "planar", row["case"]["K"]))
 

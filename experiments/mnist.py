@@ -143,7 +143,7 @@ def run(
     """
     require_matplotlib()
     start = time.perf_counter()
-    data = images(config, folder)
+    data = dlgm_runs.on_each(lambda: images(config, folder))
     for flow, lengths in (("planar", config.lengths), ("nice", config.nice)):
         for length in lengths:
             dlgm_runs.run_case(config.case(data, flow, length), data, out, resume=resume, progress=progress)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 
 import flowvi
+from experiments import images, mnist
 from flowvi.errors import InterruptedWarning, OptionError, RankLostError, TargetError
 from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.distributed import Ranks, Split
@@ -183,6 +184,16 @@ def amortized(distributed):
     return {"weights": weights, "train": fit.history.train, "odd": odd}
 
 
+def experiment(folder):
+    """The rows of an experiment that splits its minibatches, and whether its folder holds them."""
+    g = torch.Generator().manual_seed(0)
+    made = images.Images(*((torch.rand(n, 12, generator=g) < 0.3).float() for n in (200, 50, 60)), "synthetic")
+    config = mnist.Config(updates=10, lengths=(0, 2), num_test=20, num_samples=5, hidden=4, latent_dim=2)
+    report = mnist.run(config, folder / "mnist", progress=False, images=lambda config, folder: made)
+    files = sorted(path.name for path in (folder / "mnist" / "rows").iterdir())
+    return {"rows": [{k: row[k] for k in ("K", "F", "nll", "ranks")} for row in report.rows], "files": files}
+
+
 class Own(flowvi.ELBO):
     def backward(self, *args, **kwargs):
         return super().backward(*args, **kwargs)
@@ -218,6 +229,7 @@ def everything(folder):
         "restarts alone": outcome(flowvi.fit(bent, dim=2, whiten=False, restarts=3, **SMALL)),
         "amortized": amortized(True),
         "amortized alone": amortized(False),
+        "experiment": experiment(folder),
         "not finite": nan_on_the_last_rank(ranks),
         "ctrl-c": ctrl_c_on_the_last_rank(ranks),
         "seed": flowvi.fit(bent, dim=2, whiten=False, **fit | {"seed": None, "num_steps": 2}).config["seed"],

@@ -172,6 +172,13 @@ def test_alone_it_says_how_to_launch(monkeypatch):
         flowvi.fit(flowvi.energies.U2(), distributed="threads")
 
 
+def test_an_experiment_splits_its_minibatches(both):
+    one, other = (found["experiment"] for found in both)
+    assert one == other
+    assert [(row["K"], row["ranks"]) for row in one["rows"]] == [(0, 2), (2, 2)]
+    assert one["files"] == ["planar_K0.json", "planar_K2.json"]
+
+
 def test_one_process_is_left_as_it_is():
     x = torch.randn(3)
     assert ALONE.sum_(x) is ALONE.mean_(x) is x
