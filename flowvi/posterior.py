@@ -245,7 +245,8 @@ class Posterior:
             num_samples: S, at least 100. The largest weights decide, so few draws are optimistic.
             seed: Other draws; None stands for one fixed choice.
             hmc: Whether the short HMC is run (`flowvi.short_run`): about a thousand gradients of 128
-                particles, a second for most models. It is left out where the model can't be traced, and above D = 2000.
+                particles, a second for most models; and, for a fit that was not whitened, the search for modes
+                elsewhere (`flowvi.fit.search`). Both are left out where the model can't be traced, and above D = 2000.
 
         Returns:
             The diagnostics.
@@ -256,14 +257,17 @@ class Posterior:
         key = (num_samples, seed, hmc)
         if key not in self._diagnoses:
             generator = _generator(self.seed or 0 if seed is None else seed, "diagnose", self.density.device)
-            _, log_p, log_q = self._weigh(num_samples, generator)
+            z, log_p, log_q = self._weigh(num_samples, generator)
+            starts = self._starts_evidence
+            if starts is None and hmc and bool((log_p - log_q).isfinite().all()):
+                starts = self._search(z, log_p - log_q)
             self._diagnoses[key] = judge(
                 log_p.cpu().numpy(),
                 log_q.cpu().numpy(),
                 dim=self.density.dim,
                 log_normalizer=self.density.log_normalizer,
                 moved=self._short_run(generator) if hmc and log_p.isfinite().any() else None,
-                starts_evidence=self._starts_evidence,
+                starts_evidence=starts,
                 name=self.density.coordinate_name,
             )
             words = self.config.get("label_switching")
@@ -277,6 +281,17 @@ class Posterior:
         """What the fit found from all starts of its whitening."""
         found = self.config.get("starts_log_evidence")
         return None if found is None else (float(found[0]), float(found[1]))
+
+    def _search(self, z: Tensor, log_w: Tensor) -> tuple[float, float] | None:
+        """The log evidence with that of modes beside q's draws, for a fit without starts; None where there are none."""
+        if self.density.path == "eager" or self.density.dim > _MAX_HMC_DIM:
+            return None
+        from flowvi.fit.search import elsewhere
+
+        generator = _generator(self.seed or 0, "search", self.density.device)
+        further = elsewhere(z, float(log_w.mean()), self.density, generator)
+        log_evidence = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w))
+        return None if math.isinf(further) else (float(np.logaddexp(log_evidence, further)), 0.0)
 
     def _short_run(self, generator: torch.Generator) -> ShortRun | None:
         """The short HMC; None where it has nothing finite to start from, or D or the model is too dear."""

@@ -92,3 +92,16 @@ def test_a_target_that_refuses_far_values_is_searched_nearer():
     known = Start(centres[0], torch.eye(5), -math.log(2))
     (found,) = search([known], flowvi.as_density(log_prob, dim=5), torch.Generator().manual_seed(0))
     assert found.loc == pytest.approx(centres[1], abs=0.2)
+
+
+@pytest.mark.filterwarnings("ignore::flowvi.errors.FlowVIWarning")
+def test_a_fit_without_whitening_is_searched_when_it_is_diagnosed():
+    def two(z):
+        near, far = (-0.5 * (z - at).square().sum(-1) + math.log(w) for at, w in ((8.0, 0.8), (-3.3, 0.2)))
+        return torch.logaddexp(near, far)
+
+    options = {"whiten": False, "num_flows": 4, "num_steps": 200, "seed": 0, "verify": False, "progress": False}
+    lacking = flowvi.fit(two, dim=2, **options).diagnose()
+    assert not lacking.trusted
+    assert abs(lacking.missed - math.log(1 / 0.2)) < 0.2  # it holds the lesser mode, near 0, alone
+    assert flowvi.fit(flowvi.energies.U2(), **options).diagnose().missed is None

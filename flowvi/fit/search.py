@@ -28,7 +28,7 @@ from flowvi.fit.whiten import Start, ascend
 from flowvi.objectives import Target
 from flowvi.progress import counting
 
-__all__ = ["NUM_SCOUTS", "search"]
+__all__ = ["NUM_SCOUTS", "elsewhere", "search"]
 
 NUM_SCOUTS = 64
 RADII = (2.0, 8.0, 32.0, 128.0)
@@ -67,6 +67,33 @@ def search(known: Sequence[Start], target: Target, generator: torch.Generator) -
             except ValueError:  # the target refuses what overflows far out, as torch's distributions do: stay nearer
                 continue
     return ()
+
+
+@torch.no_grad()
+def elsewhere(z: Tensor, elbo: float, target: Target, generator: torch.Generator) -> float:
+    """Log evidence of modes beside draws of q, by the ELBOs of Gaussians there, and so a lower bound; often -inf.
+
+    For a fit that was not whitened: the Gaussian with the draws' mean and covariance (their sds above D = 200) stands
+    for what is known.
+
+    Args:
+        z: draws of q, (S, D).
+        elbo: of q.
+        target: log p and its gradient.
+        generator: where the randomness comes from.
+    """
+    usable = z[z.isfinite().all(-1)]
+    dim, centre = z.shape[1], usable.mean(0)
+    if dim <= 200:
+        covariance = torch.cov(usable.T.double()).reshape(dim, dim)
+        root, info = torch.linalg.cholesky_ex(covariance)
+        root = (root if int(info) == 0 else covariance.diagonal().clamp_min(0).sqrt()).to(z)
+    else:
+        root = usable.std(0)
+    if not bool((root.diagonal() if root.dim() == 2 else root).gt(0).all()):
+        return -math.inf
+    found = search([Start(centre, root, elbo)], target, generator)
+    return float(torch.logsumexp(torch.tensor([start.elbo for start in found]), 0)) if found else -math.inf
 
 
 def _search(
