@@ -87,12 +87,14 @@ def symmetric_kl(
         J and the shifts, each with its standard error.
 
     Raises:
-        NonFiniteError: No draw of q has a finite density and gradient.
+        NonFiniteError: Fewer than two draws of q have a finite density, or none has a gradient too.
     """
     target = FlowCoordinates(flow, density)
     z_q, log_p, log_q = target.values(target.draw(num_draws, generator))
     log_w = log_p - log_q
     fine = log_w.isfinite()
+    if int(fine.sum()) < 2:
+        raise NonFiniteError("fewer than two draws of the flow have a finite log density.")
     log_w, z_q = log_w[fine], z_q[fine]
 
     state = finite_start(target, lambda: target.draw(num_chains, generator), num_chains)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from flowvi.diagnostics import Diagnostics, _verdict, gap_limit, judge
-from flowvi.errors import DimensionError, OptionError
+from flowvi.errors import DimensionError, NonFiniteError, OptionError
+from flowvi.flow import Flow, FlowSpec
 from flowvi.psis import khat_limit, psis
-from flowvi.short_run import ShortRun
+from flowvi.short_run import ShortRun, symmetric_kl
+from flowvi.targets import as_density
 
 BACKENDS = ["arviz_stats", "arviz"]
 
@@ -297,3 +299,12 @@ def test_evidence_that_only_the_starts_saw_is_not_trusted():
     assert "a mode, or a part of one, is missing" in missed.verdict
     assert judge(log_p, log_q, dim=3, starts_evidence=(0.2, 0.1)).trusted  # noise
     assert not judge(log_p, log_q, dim=3, starts_evidence=(math.nan, 0.1)).trusted
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_short_run_needs_two_finite_draws(monkeypatch):
+    density = as_density(lambda z: -0.5 * z.square().sum(-1), dim=2)
+    seen = iter([0.0])
+    monkeypatch.setattr(density, "_log_prob", lambda z: torch.cat([torch.tensor([next(seen)]), z[1:, 0] * math.nan]))
+    with pytest.raises(NonFiniteError, match="fewer than two"):
+        symmetric_kl(Flow.from_spec(FlowSpec("planar", 2, 1)), density, generator=torch.Generator())
