@@ -47,3 +47,11 @@ def test_the_gaussian_stays_where_every_round_is_worse(monkeypatch):
     assert posterior.config["num_flows"] == 0
     assert len(posterior.config["rounds"]) == 2 + rounds.MAX_WORSE
     assert torch.isfinite(posterior.sample(100)["z"]).all()
+
+
+def test_a_few_draws_that_lose_everything_are_no_noise():
+    start = rounds.Check(0, 0, -5.0, 0.01, 0.5, 0.01, 0.6, 0.0)
+    wild = rounds.replace(start, num_flows=32, elbo=-2e7, elbo_se=1e7)
+    assert rounds.is_worse(wild, start)
+    assert not rounds.is_worse(rounds.replace(start, elbo=-5.4), start)
+    assert not rounds.is_worse(start, wild)

@@ -274,9 +274,9 @@ def run_rounds(
 
 
 def is_worse(found: Check, before: Check) -> bool:
-    """Whether a round lost what was there, beyond the noise."""
+    """Whether a round lost what was there, beyond the noise; noise above a nat is the loss itself, by a few draws."""
     lost = before.elbo - found.elbo
-    return math.isfinite(before.elbo) and not lost < WORSE + 4 * math.hypot(before.elbo_se, found.elbo_se)
+    return math.isfinite(before.elbo) and not lost < WORSE + 4 * math.hypot(before.elbo_se, min(found.elbo_se, 1.0))
 
 
 def as_plain(checks: list[Check]) -> list[dict[str, float]]:
