@@ -418,9 +418,14 @@ class Posterior:
         spec, config = self.flow.spec, self.config
         name = str(config.get("flow", "a flow of your own") if spec is None else spec.name)
         count = config.get("num_flows") if spec is None else spec.num_flows
-        words = [name if count is None else f"{name} K = {count}"]
-        if "weights" in config:
-            words = [f"{len(config['weights'])} x {config['flow']} K = {config['num_flows']}"]
+        first = name if count is None else f"{name} K = {count}"
+        parts = len(config.get("weights", ()))
+        if parts:
+            first = (f"{parts} x " if parts > 1 else "") + f"{config['flow']} K = {config['num_flows']}"
+        specs = [part.spec for part in getattr(self.flow, "flows", [self.flow])]
+        if any(s is not None and s.num_flows and s.funnels for s in specs):
+            first += " with a funnel"
+        words = [first]
         if short:
             return words[0]
         if config.get("num_steps") is not None:

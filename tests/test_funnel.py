@@ -103,4 +103,5 @@ def test_fit_finds_a_funnel(order):
     )
     v = posterior.sample(20_000, seed=1)["z"][:, -1 if last else 0]
     assert abs(float(v.mean())) < 0.3
+    assert "with a funnel" in repr(posterior)
     assert abs(float(v.std()) - 3) < 0.3  # .5 of a Gaussian, about 2 with planar layers alone
