@@ -120,6 +120,7 @@ class _Chees:
 
     def _ascend(self, slope: float) -> None:
         self.count += 1
+        slope = min(max(slope, -1e100), 1e100)  # its square is a float
         self.first = 0.9 * self.first + 0.1 * slope
         self.second = 0.95 * self.second + 0.05 * slope**2
         first, second = self.first / (1 - 0.9**self.count), self.second / (1 - 0.95**self.count)

@@ -258,3 +258,10 @@ def test_chains_are_gathered_where_densities_are_too_large_for_30_nats_to_count(
     state = target(torch.full((8, 2), 1e20, dtype=torch.float64))
     gathered = hmc_tuning._gather(state, torch.Generator().manual_seed(0))
     assert torch.equal(gathered.position, state.position)
+
+
+def test_a_length_survives_a_slope_whose_square_is_no_float():
+    chees = hmc_tuning._Chees(1.0)
+    chees._ascend(8e280)
+    chees._ascend(-8e280)
+    assert math.isfinite(chees.log_length)
