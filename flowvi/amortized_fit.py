@@ -235,15 +235,15 @@ class AmortizedFit:
         with self._evaluation(seed):
             guide = self.guide
             features = guide.encode(*args, **kwargs)
-            if not guide.has_globals:
-                return guide.unpack(guide.posterior(features).rsample((num_samples,)))[0]
-            g = guide.globals.get_posterior().rsample((num_samples,))
-            found = guide.unpack_globals(g)[0]
-            if not guide.coupled:
-                return found | guide.unpack(guide.posterior(features).rsample((num_samples,)))[0]
-            noise = guide.globals.get_posterior()._base_point(g)
-            noise = noise.reshape(num_samples, *(1,) * (features.dim() - 1), -1)
-            return found | guide.unpack(guide.posterior(features, noise).rsample())[0]
+            found: dict[str, Tensor] = {}
+            shape, noise = [num_samples], None
+            if guide.has_globals:
+                q = guide.globals.get_posterior()
+                g = q.rsample(shape)
+                found = guide.unpack_globals(g)[0]
+                if guide.coupled:  # each draw has local flows of its own, which are drawn from once
+                    shape, noise = [], q._base_point(g).reshape(num_samples, *(1,) * (features.dim() - 1), -1)
+            return found | guide.unpack(guide.posterior(features, noise).rsample(shape))[0]
 
     def save(self, path: str | Path) -> None:
         """Writes what was learnt to a file of plain data; the model and the encoder are code, and not in it.

@@ -424,10 +424,11 @@ def _unrefined(posterior: Posterior) -> Posterior:
 
 
 def _flow_title(flow: Flow, posterior: Posterior | None) -> str:
-    """The flow's name, K + its funnels, and KL where it is known."""
+    """The flow's name, K, whether it has a funnel, and KL where it is known."""
     name = "flow"
     if flow.spec is not None:
-        name = f"{flow.spec.name}, K = {flow.spec.num_flows}" + (f" + {flow.spec.funnels}" if flow.spec.funnels else "")
+        name = f"{flow.spec.name}, K = {flow.spec.num_flows}"
+        name += ", funnel" if flow.spec.num_flows and flow.spec.funnels else ""
     kl = None if posterior is None else _unrefined(posterior).diagnose().kl
     return name if kl is None else f"{name} (KL {kl:.2g} nats)"
 

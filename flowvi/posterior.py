@@ -284,12 +284,14 @@ class Posterior:
 
     def _search(self, z: Tensor, log_w: Tensor) -> tuple[float, float] | None:
         """The log evidence with that of modes beside q's draws, for a fit without starts; None where there are none."""
-        if self.density.path == "eager" or self.density.dim > _MAX_HMC_DIM:
+        density = self.density.full
+        if density.path == "eager" or density.dim > _MAX_HMC_DIM:
             return None
-        from flowvi.fit.search import elsewhere
+        from flowvi.fit.search import NUM_SCOUTS, elsewhere
 
-        generator = _generator(self.seed or 0, "search", self.density.device)
-        further = elsewhere(z, float(log_w.mean()), self.density, generator)
+        generator = _generator(self.seed or 0, "search", density.device)
+        with one_thread_if_small(NUM_SCOUTS * density.dim):
+            further = elsewhere(z, float(log_w.mean()), density, generator)
         log_evidence = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w))
         return None if math.isinf(further) else (float(np.logaddexp(log_evidence, further)), 0.0)
 

@@ -11,17 +11,15 @@ out, or joined by one that isn't known. What may come of it is a result, an exce
 
 from __future__ import annotations
 
-import faulthandler
 import inspect
 import re
-import signal
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import pytest
 from fuzz_calls import CALLS, EXCUSED, FLAWS, is_dear, is_sensible, names
+from hangs import time_limit
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -32,27 +30,6 @@ from flowvi.transforms import registry
 
 SECONDS = 120  # for one call: a refinement without a limit takes 20
 SIGNATURE = re.compile(r"missing \d+ required|unexpected keyword argument")
-
-
-class HangError(BaseException):
-    """A call took too long; not an Exception, so that no handler of errors swallows it."""
-
-
-@contextmanager
-def time_limit(seconds):
-    """Raises `HangError` after so many seconds, and prints where every thread is."""
-
-    def ring(number, frame):
-        faulthandler.dump_traceback()
-        raise HangError(f"still running after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import math
-import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ import pytest
 import torch
 from fuzz_densities import Density, densities
 from fuzz_models import Model, models
+from hangs import time_limit
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from pyro import poutine
@@ -27,27 +26,6 @@ from flowvi.targets import as_density
 F64 = torch.float64
 SECONDS = 120  # that one example may take; most take one
 SD, NATS = 0.25, 0.15  # what a trusted answer may be off by: each mean and sd in sds, the log evidence in nats
-
-
-class HangError(BaseException):
-    """An example took too long; not an Exception, so that no handler of errors swallows it."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `HangError` after so many seconds, and prints where every thread is."""
-
-    def ring(number, frame):
-        faulthandler.dump_traceback()
-        raise HangError(f"still running after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,9 @@ class Trial:
                 num_steps = min(num_steps, max(MIN_STEPS, int(seconds / cost)))
             schedule = Schedule(num_steps, plan.lr)
         self.objective = self._objective(schedule.num_steps)
-        before, start = self._look(flow), {name: value.clone() for name, value in flow.state_dict().items()}
+        guarded = plan.whiten and type(self.objective).backward is ELBO.backward  # else a lower ELBO may be meant
+        before = self._look(flow) if guarded else None
+        start = {name: value.clone() for name, value in flow.state_dict().items()} if guarded else {}
         record = optimize(
             flow,
             self.density,
@@ -314,9 +316,8 @@ class Trial:
             checkpoint=saver,
             ranks=self.ranks,
         )
-        # What is annealed still, or maximizes something else, may well have a lower ELBO.
-        comparable = min(record.beta[-1:], default=1.0) == 1 and type(self.objective).backward is ELBO.backward
-        if plan.whiten and comparable and self.ranks.same(is_worse(self._look(flow), before)):
+        annealed = min(record.beta[-1:], default=1.0) < 1  # as it is still
+        if before is not None and not annealed and self.ranks.same(is_worse(self._look(flow), before)):
             flow.load_state_dict(start)
             if record.stopped == "finished":
                 record.stopped = "the steps made it worse: the flow is as it was before them, the Gaussian"

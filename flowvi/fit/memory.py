@@ -67,6 +67,7 @@ def forecast(
     full = spec.base == "full"
     rank = dim if full else default_rank(dim) if spec.base == "low_rank" else 0
     parameters, units, taped = _count(spec) if registered else (0, 0, True)
+    parameters += spec.funnels * dim**2
     width = dim + units // max(1, spec.num_flows)
     kept = 6 * b * (parameters + dim * (2 + rank)) + (8 * b * dim**2 if full and whiten else 0)
     phases: dict[str, int] = {}

@@ -11,25 +11,30 @@ from typing import Any
 
 import numpy as np
 
-from flowvi.kernels.compiled.jit import kernel, stamp
+from flowvi.kernels.compiled.jit import helper, kernel, stamp
+
+
+@helper()
+def _substitute(x: Any, slope: Any, n: Any, row: Any) -> None:
+    """The score at x in `row` becomes e^l times that at y, from the last coordinate on."""
+    for k in range(len(row) - 1, 0, -1):
+        q = slope[k] + slope[k] * x[k] * row[k]  # no literal, which would make it float64
+        below = n[k]
+        for i in range(k):
+            row[i] -= below[i] * q
 
 
 @cache
 def _make_score(dtype: type) -> Any:
-    F, TAG = dtype, stamp()
+    TAG = stamp()
 
     @kernel
     def pull(x: Any, slope: Any, score: Any, n: Any, out: Any) -> int:
         size, dim = x.shape
         for s in range(size):
-            row = out[s]
             for i in range(dim):
-                row[i] = score[s, i]
-            for k in range(dim - 1, 0, -1):
-                q = slope[s, k] * (F(1) + x[s, k] * row[k])
-                below = n[k]
-                for i in range(k):
-                    row[i] -= below[i] * q
+                out[s, i] = score[s, i]
+            _substitute(x[s], slope[s], n, out[s])
         return TAG
 
     return pull
@@ -89,11 +94,9 @@ def make_forward(dtype: type) -> Any:
                 y[s, i] = x[s, i] * scale[s, i]
                 out[s, i] = score[s, i]
             log_det[s] = total
-            for k in range(dim - 1, -1, -1):
-                q = slope[s, k] * (F(1) + x[s, k] * out[s, k])
-                out[s, k] /= scale[s, k]
-                for i in range(k):
-                    out[s, i] -= n[k, i] * q
+            _substitute(x[s], slope[s], n, out[s])
+            for i in range(dim):
+                out[s, i] /= scale[s, i]
         return TAG
 
     return forward
