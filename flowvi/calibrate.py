@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flowvi.calibration import Calibration
 from flowvi.checks import (
@@ -52,7 +51,7 @@ from flowvi.errors import (
 )
 from flowvi.fit import fit as fit_flow
 from flowvi.posterior import Posterior
-from flowvi.progress import wanted
+from flowvi.progress import Bar, wanted
 from flowvi.simulate import Simulator
 from flowvi.targets import LogDensity
 from flowvi.targets.isolation import private_rng
@@ -177,7 +176,7 @@ def sbc(
         simulator, num_draws, fit, quantities, log_likelihood, resample, hmc, {"compile": False} | options, seed
     )
     found: dict[int, _Outcome] = {}
-    bar = tqdm(total=num_simulations, desc="sbc", unit="fit", disable=None if progress is None else not progress)
+    bar = Bar(total=num_simulations, desc="sbc", unit="fit", disable=None if progress is None else not progress)
     with bar:
         try:
             for index, outcome in _outcomes(task, num_simulations, workers):

@@ -10,7 +10,6 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flowvi.bridge import log_evidence
 from flowvi.chains import MIN_LENGTH, Agreement, Chains, agreement, describe_separation
@@ -19,7 +18,7 @@ from flowvi.errors import InterruptedWarning, OptionError
 from flowvi.hmc import FlowCoordinates, HMCInfo, HMCState, Tuning, hmc_step
 from flowvi.hmc_tuning import estimate_scale, jitter, tune, warm_up
 from flowvi.posterior import Posterior
-from flowvi.progress import wanted
+from flowvi.progress import Bar, wanted
 from flowvi.refined import DIVERGENCE_LIMIT, RefinedDiagnostics, RefinedPosterior
 from flowvi.short_run import ShortRun, finite_start, symmetric_kl
 from flowvi.threads import one_thread_if_small
@@ -290,7 +289,7 @@ class _Watch:
     def __init__(self, deadline: float, progress: bool | None) -> None:
         self.deadline = deadline
         self.steps, self.phase, self.r_hat = 0, "warm-up", math.nan
-        self._bar = tqdm(desc="refine", unit="step", disable=None if progress is None else not progress)
+        self._bar = Bar(desc="refine", unit="step", disable=None if progress is None else not progress)
 
     def step(self, _: HMCState, info: HMCInfo) -> bool:
         """Counts a step; whether it is time to stop."""

@@ -17,7 +17,6 @@ import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from flowvi.amortized import AmortizedGuide
 from flowvi.amortized_fit import AmortizedFit, AmortizedHistory
@@ -32,7 +31,7 @@ from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.engine import STOP_EVERY, Schedule
 from flowvi.fit.rmsprop import FlatRMSprop
 from flowvi.objectives import ELBO, LinearAnneal, PathELBO
-from flowvi.progress import wanted
+from flowvi.progress import Bar, wanted
 from flowvi.transforms.registry import lookup
 
 __all__ = ["fit_amortized"]
@@ -296,7 +295,7 @@ def _maximize(
         checkpoint.keep(LOOP, state)
     over = record.steps >= schedule.num_steps or record.stopped == "no improvement"
     show = None if progress is None else not progress
-    bar = tqdm(total=schedule.num_steps, initial=record.steps, desc="fit", disable=show)
+    bar = Bar(total=schedule.num_steps, initial=record.steps, desc="fit", disable=show)
     try:
         with whole_steps(checkpoint is not None) as ctrl_c, pyro.validation_enabled(False):
             for t in range(record.steps, schedule.num_steps if not over else 0):

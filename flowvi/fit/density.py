@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from flowvi.checks import (
     as_device,
@@ -33,7 +32,7 @@ from flowvi.fit.engine import Schedule
 from flowvi.fit.rows import Rows, Scaling, as_rows, split
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
-from flowvi.progress import wanted
+from flowvi.progress import Bar, wanted
 from flowvi.threads import one_thread_if_small
 from flowvi.transforms.affine import AFFINE_KINDS
 from flowvi.transforms.networks import ZeroStart
@@ -294,7 +293,7 @@ def _maximize(
     held = None if held is None else held.at(slice(CHECKED_ROWS))
     every = max(1, schedule.num_steps // CHECKS)
     waited, seen = 0, []
-    bar = tqdm(total=schedule.num_steps, desc="fit_density", disable=None if progress is None else not progress)
+    bar = Bar(total=schedule.num_steps, desc="fit_density", disable=None if progress is None else not progress)
     try:
         for step, rows in zip(range(schedule.num_steps), _batches(train, batch_size, generator), strict=False):
             flat.grad.zero_()

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.checkpoint import Checkpoint, whole_steps
@@ -17,6 +16,7 @@ from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.steps import make_step
 from flowvi.flow import Flow
 from flowvi.objectives import ELBO, Target
+from flowvi.progress import Bar
 
 WARM_UP = 50
 """Steps over which the step size grows from 0: Adam's second moment is noise before that."""
@@ -155,7 +155,7 @@ def optimize(
                 start -= saved["seconds"]
         checkpoint.keep(LOOP, state)
     show = None if progress is None else not progress
-    bar = tqdm(total=schedule.num_steps, initial=first, desc=description, disable=show)
+    bar = Bar(total=schedule.num_steps, initial=first, desc=description, disable=show)
     try:
         if checkpoint is not None and saved is None:
             checkpoint.save()

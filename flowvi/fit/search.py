@@ -20,13 +20,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flowvi.fit.modes import MIN_SHARE, near
 from flowvi.fit.paths import paths, straight
 from flowvi.fit.whiten import Start, ascend
 from flowvi.objectives import Target
-from flowvi.progress import counting
+from flowvi.progress import Bar, counting
 
 __all__ = ["NUM_SCOUTS", "elsewhere", "search"]
 
@@ -97,7 +96,7 @@ def elsewhere(z: Tensor, elbo: float, target: Target, generator: torch.Generator
 
 
 def _search(
-    known: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float], bar: tqdm
+    known: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float], bar: Bar
 ) -> tuple[Start, ...]:
     found: list[Start] = []
     for _ in range(ROUNDS):
@@ -110,7 +109,7 @@ def _search(
 
 
 def _round(
-    modes: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float], bar: tqdm
+    modes: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float], bar: Bar
 ) -> list[Start]:
     best = modes[0]
     root = best.scale_tril
@@ -176,7 +175,7 @@ def _guesses(modes: Sequence[Start]) -> list[Tensor]:
     return guesses
 
 
-def _climb(z: Tensor, loc: Tensor, root: Tensor, target: Target, bar: tqdm) -> tuple[Tensor, Tensor]:
+def _climb(z: Tensor, loc: Tensor, root: Tensor, target: Target, bar: Bar) -> tuple[Tensor, Tensor]:
     """Gradient steps uphill in the whitened coordinates, each scout with a step length of its own."""
 
     def at(z: Tensor) -> tuple[Tensor, Tensor]:

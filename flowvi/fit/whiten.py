@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flowvi.errors import NonFiniteError
 from flowvi.fit.whiten_low_rank import polish
 from flowvi.objectives import Target
+from flowvi.progress import Bar
 
 CANDIDATES = 64
 MAX_SCOUTED = 0.75
@@ -111,7 +111,7 @@ def whiten(
         NonFiniteError: log p is not finite anywhere near the origin.
     """
     num_race = max(1, round(RACE * num_steps))
-    bar = tqdm(
+    bar = Bar(
         total=SCOUT_STEPS + num_race + num_steps, desc="whiten", disable=None if progress is None else not progress
     )
     with bar:
@@ -144,7 +144,7 @@ def whiten(
 
 
 def _starts(
-    target: Target, dim: int, num: int, generator: torch.Generator, dtype: torch.dtype, bar: tqdm
+    target: Target, dim: int, num: int, generator: torch.Generator, dtype: torch.dtype, bar: Bar
 ) -> tuple[Tensor, Tensor]:
     """Where the race begins, loc and scale (R, D): where scouts found something, and at good draws from U(-2, 2)."""
     where = generator.device
@@ -200,7 +200,7 @@ def ascend(
     num_steps: int,
     num_particles: int,
     generator: torch.Generator,
-    bar: tqdm | None = None,
+    bar: Bar | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`num_steps` natural-gradient steps of R Gaussians at once; averages over the last quarter."""
     num_starts, dim = loc.shape

@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flowvi.objectives import Target
+from flowvi.progress import Bar
 
 RHO, RHO_END = 0.3, 0.03
 CLIP_LOC, CLIP_SCALE = 0.5, 0.3
@@ -114,7 +114,7 @@ def polish(
     num_steps: int,
     num_particles: int,
     generator: torch.Generator,
-    bar: tqdm | None = None,
+    bar: Bar | None = None,
 ) -> LowRank:
     """From a diagonal Gaussian to one of low rank plus diagonal.
 
