@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -18,7 +20,7 @@ from flowvi.transforms import (
     conditional_nice,
     conditional_real_nvp,
 )
-from flowvi.transforms.elementwise import Additive, Elementwise, SoftClippedAffine
+from flowvi.transforms.elementwise import Additive, Elementwise, InverseAffine, SoftClippedAffine
 from flowvi.transforms.mixing import Permutation, Rotation, make_mixing, random_orthogonal
 from flowvi.transforms.networks import ACTIVATIONS, DenseNetwork, dense, dense_backward, dense_pullback
 from flowvi.transforms.registry import build
@@ -49,7 +51,7 @@ class Cubic(Elementwise):
         return x, -torch.log1p(3 * c * x**2)
 
 
-MAPS = (Additive(), SoftClippedAffine(), SoftClippedAffine(clip=0.5), ByAutograd(), Cubic())
+MAPS = (Additive(), SoftClippedAffine(), SoftClippedAffine(clip=0.5), InverseAffine(), ByAutograd(), Cubic())
 CLASSES = (NICE, RealNVP)
 
 
@@ -182,6 +184,35 @@ def test_a_start_away_from_the_identity(make):
     network = DenseNetwork(0, (), 4)  # a bias alone has no weights to draw
     network.stir(1.0)
     assert not network(torch.empty(5, 0)).any()
+
+
+def test_real_nvp_in_the_direction_of_its_source():
+    torch.manual_seed(0)
+    one = perturb(RealNVP(3, 1, mixing="none"))
+    x = torch.randn(5, 3, dtype=torch.float64)
+    a, b = x.split((1, 2), -1)
+    shift, raw = one.networks[0](a).unflatten(-1, (2, 2)).unbind(-1)
+    log_scale = 2 * torch.tanh(raw / 2)
+    layer = RealNVP(3, 1, mixing="none", direction="inverse").double()
+    layer.networks[0].load_state_dict(one.networks[0].state_dict())
+    z, log_det = layer.inverse_and_log_det(x)
+    assert torch.allclose(z, torch.cat((a, b * log_scale.exp() + shift), -1))
+    assert torch.allclose(log_det, log_scale.sum(-1))
+    with pytest.raises(OptionError, match="direction"):
+        RealNVP(3, direction="up")
+
+
+@pytest.mark.parametrize("mixing", ["perm", "none"])
+def test_in_the_plane_the_two_coordinates_take_turns(mixing):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        flow, moved = NICE(2, num_flows=6, mixing=mixing), []
+        for network in flow.networks:
+            with torch.no_grad():
+                network.layers[-1].bias.fill_(1.0)
+                moved.append(int((flow(torch.zeros(2)) + 0).argmax()))
+                network.layers[-1].bias.zero_()
+        assert all(a != b for a, b in pairwise(moved))
 
 
 def test_random_orthogonal_is_uniform():

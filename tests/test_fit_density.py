@@ -255,7 +255,7 @@ def test_every_conditional_flow_learns_a_regression(flow):
     draws = q.sample(4000, 100 * at + 7, seed=0)
     assert draws.shape == (2, 4000, 2)
     assert torch.allclose(draws.mean(1), torch.tensor([[-1.0, -1.0], [8.0, 1.0]]), atol=0.3)
-    assert torch.allclose(draws.std(1), NOISE, rtol=0.3)
+    assert torch.allclose(draws.std(1), NOISE, rtol=0.45)
     test, context = regression(4000, 1)
     best = -math.log(2 * math.pi * math.e) - NOISE.log().sum(1).mean().item()  # minus the noise's mean entropy
     assert q.log_likelihood(test, context).mean > best - 0.15

@@ -47,6 +47,12 @@ LR_SHALLOW = 2e-2  # of fused stacks, which have few parameters and no network
 PATIENCE = 40
 STIR = 1.0  # size of what a network's last layer adds to a coordinate at the start, in sds of the data
 CHECKS = 100  # of the held-out rows, in the course of a fit
+OPTIONS: dict[str, dict[str, Any]] = {
+    "real_nvp": {"direction": "inverse"},
+    "neural_spline": {"bound": 4.0, "min_share": 0.1, "min_slope": 0.01},
+}
+"""Options without a context, of families whose defaults are those of variational inference: data have sharper edges,
+and standardized ones stay in a smaller box. Given a context, the layers have to shift too, and the defaults serve."""
 CHECKED_ROWS = 10_000  # held-out rows at most for one check; the final score takes all
 
 
@@ -103,7 +109,8 @@ def fit_density(
         device: where to compute.
         dtype: of the computation; that of the data if it is floating, else torch's default.
         progress: whether a bar is shown; None shows it in a terminal or notebook.
-        **options: what the flow's factory takes.
+        **options: what the flow's factory takes; without a context those in `OPTIONS`
+            differ from its defaults, which serve inference.
 
     Returns:
         The fit: `sample`, `log_prob`, `log_likelihood`, `history`, `config`, `timing`, `save`.
@@ -146,6 +153,8 @@ def fit_density(
     if num_flows is None:
         num_flows = entry.num_flows
     label = flow if isinstance(flow, str) else getattr(flow, "__name__", type(flow).__name__)
+    if isinstance(flow, str) and context is None:
+        options = OPTIONS.get(flow, {}) | options
     spec = FlowSpec(label, dim, num_flows, base or default_base(dim), options)
     q = _start(spec, context_dim, factory, data.x, seed)
 

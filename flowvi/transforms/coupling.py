@@ -22,8 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flowvi.checks import finite_numbers, instances, positive_integers
-from flowvi.transforms.elementwise import Additive, Elementwise, SoftClippedAffine
+from flowvi.checks import finite_numbers, instances, one_of, positive_integers
+from flowvi.transforms.elementwise import Additive, Elementwise, InverseAffine, SoftClippedAffine
 from flowvi.transforms.mixing import Mixing, make_mixing
 from flowvi.transforms.networked import ConditionalNetworkTransform, NetworkTransform
 from flowvi.transforms.networks import DenseNetwork, dense, dense_backward, dense_pullback
@@ -42,8 +42,8 @@ class Coupling(NetworkTransform):
         num_flows: K.
         hidden_dims: sizes of each network's hidden layers.
         activation: between them: "relu", "tanh" or "elu".
-        mixing: M, one for each pair of layers: "perm" for a random permutation, "orth" for a random orthogonal
-            matrix, "none" for halves as they come.
+        mixing: M, one for each pair of layers: "perm" for a random permutation (none at D = 2, where the two
+            coordinates take turns), "orth" for a random orthogonal matrix, "none" for halves as they come.
         context_dim: C, the size of the context; 0 for none.
         start: 0 starts at the identity; above it each layer starts at a random map that moves coordinates by about as
             much. NICE with mixing="perm" needs 1 to leave the best Gaussian of a target that is symmetric about the
@@ -74,6 +74,8 @@ class Coupling(NetworkTransform):
         self.elementwise, self.num_flows = elementwise, num_flows
         self.activation = activation
         self._sizes = input_dim // 2, input_dim - input_dim // 2
+        if input_dim == 2 and mixing == "perm":  # swapped, two layers in a row would move the same coordinate
+            mixing = "none"
         self.mixings = nn.ModuleList(make_mixing(mixing, input_dim) for _ in range((num_flows + 1) // 2))
         self.networks = nn.ModuleList()
         for k in range(num_flows):
@@ -240,6 +242,8 @@ class RealNVP(Coupling):
         num_flows: K.
         clip: the bound of the log-scales of one layer: with 3 in place of 2 a deep stack's float32 round trip is a
             hundred times worse, and fits are no better.
+        direction: which of the two is b exp(l) + t: "forward", for variational inference, or "inverse", as in the
+            source, whose function goes from data to the base.
         **options: hidden_dims, activation, mixing, context_dim, start, as for `Coupling`.
 
     Example:
@@ -251,8 +255,12 @@ class RealNVP(Coupling):
         True
     """
 
-    def __init__(self, input_dim: int, num_flows: int = 1, *, clip: float = 2.0, **options: Any) -> None:
-        super().__init__(input_dim, SoftClippedAffine(clip), num_flows, **options)
+    def __init__(
+        self, input_dim: int, num_flows: int = 1, *, clip: float = 2.0, direction: str = "forward", **options: Any
+    ) -> None:
+        one_of(("forward", "inverse"), direction=direction)
+        tau = SoftClippedAffine(clip) if direction == "forward" else InverseAffine(clip)
+        super().__init__(input_dim, tau, num_flows, **options)
 
 
 def nice(input_dim: int, num_flows: int = 1, **options: Any) -> NICE:

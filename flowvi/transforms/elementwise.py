@@ -161,3 +161,24 @@ class SoftClippedAffine(Elementwise):
 
     def __repr__(self) -> str:
         return f"SoftClippedAffine(clip={self.clip})"
+
+
+class InverseAffine(SoftClippedAffine):
+    """tau(x) = (x - t) exp(-l), the inverse of `SoftClippedAffine`: log q of data is then that of y exp(l) + t.
+
+    For maximum likelihood, where a shift in units of the base is learnt more steadily than one in units that the
+    layer's own scale stretches. The derivatives for path scores are autograd's.
+
+    Args:
+        clip: c, the bound of the log-scale.
+
+    Raises:
+        OptionError: c is not a positive number.
+    """
+
+    forward, inverse = SoftClippedAffine.inverse, SoftClippedAffine.forward
+    forward_with_tape = Elementwise.forward_with_tape  # type: ignore[assignment]
+    score, backward = Elementwise.score, Elementwise.backward  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"InverseAffine(clip={self.clip})"

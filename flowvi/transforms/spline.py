@@ -26,6 +26,7 @@ as long as one over 8 rows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from flowvi.checks import one_of, positive_numbers, whole_numbers
+from flowvi.errors import OptionError
 from flowvi.transforms.autoregressive import Autoregressive, alternating
 from flowvi.transforms.coupling import Coupling
 from flowvi.transforms.elementwise import Elementwise
@@ -50,6 +52,16 @@ MIN_SLOPE = 0.05
 
 DAMPING = 0.5
 """A parameter's number counts by this much: with numbers of order one, a few layers lose four digits, not eight."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """What is fixed of a spline: see `RationalQuadratic`."""
+
+    num_bins: int
+    bound: float
+    min_share: float
+    min_slope: float
 
 
 class Tape(NamedTuple):
@@ -79,6 +91,8 @@ class RationalQuadratic(Elementwise):
     Args:
         num_bins: K, at least 2.
         bound: B.
+        min_share: the least width and height of a bin, in parts of 2 B / K, between 0 and 1.
+        min_slope: the least slope at a knot, between 0 and 1.
 
     Raises:
         OptionError: an argument can't be used.
@@ -93,10 +107,18 @@ class RationalQuadratic(Elementwise):
         True
     """
 
-    def __init__(self, num_bins: int = NUM_BINS, bound: float = BOUND) -> None:
+    def __init__(
+        self,
+        num_bins: int = NUM_BINS,
+        bound: float = BOUND,
+        min_share: float = MIN_SHARE,
+        min_slope: float = MIN_SLOPE,
+    ) -> None:
         whole_numbers(2, num_bins=num_bins)
-        positive_numbers(bound=bound)
-        self.num_bins, self.bound = num_bins, float(bound)
+        positive_numbers(bound=bound, min_share=min_share, min_slope=min_slope)
+        if max(min_share, min_slope) >= 1:
+            raise OptionError(f"min_share and min_slope must be below 1, not {min_share!r} and {min_slope!r}.")
+        self.box = Box(num_bins, float(bound), float(min_share), float(min_slope))
         self.num_params = 3 * num_bins - 1
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,17 +133,17 @@ class RationalQuadratic(Elementwise):
 
     def forward_with_tape(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tape]:
         """See `Elementwise`."""
-        y, log_slope, *rest = _evaluate(x, params, self.num_bins, self.bound, inverse=False)
+        y, log_slope, *rest = _evaluate(x, params, self.box, inverse=False)
         return y, log_slope, Tape(*rest)
 
     def score(self, tape: Tape, score: Tensor) -> tuple[Tensor, Tensor]:
         """See `Elementwise`."""
         new = (score - tape.by_log[0]) / (tape.by_y[0] + (1 - tape.inside))
-        return new, _to_params(tape, new, tape.by_y * new + tape.by_log, self.bound)
+        return new, _to_params(tape, new, tape.by_y * new + tape.by_log, self.box)
 
     def backward(self, tape: Tape, to_y: Tensor, to_log_slope: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Elementwise`."""
-        return _pullback(tape, to_y, to_log_slope, self.bound)
+        return _pullback(tape, to_y, to_log_slope, self.box)
 
     def forward_with_score(self, x: Tensor, params: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `Elementwise`."""
@@ -131,7 +153,7 @@ class RationalQuadratic(Elementwise):
             return y, log_slope, *self.score(Tape(*rest), score)
 
     def __repr__(self) -> str:
-        return f"RationalQuadratic(num_bins={self.num_bins}, bound={self.bound:g})"
+        return f"RationalQuadratic(num_bins={self.box.num_bins}, bound={self.box.bound:g})"
 
 
 def _apply(spline: RationalQuadratic, x: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, ...]:
@@ -140,23 +162,21 @@ def _apply(spline: RationalQuadratic, x: Tensor, params: Tensor, *, inverse: boo
         shape = torch.broadcast_shapes(x.shape, params.shape[:-1])
         x, params = x.expand(shape), params.expand(*shape, params.shape[-1])
     if torch.is_grad_enabled():
-        return _Spline.apply(x, params, spline.num_bins, spline.bound, inverse)
-    return _evaluate(x, params, spline.num_bins, spline.bound, inverse, with_tape=False)
+        return _Spline.apply(x, params, spline.box, inverse)
+    return _evaluate(x, params, spline.box, inverse, with_tape=False)
 
 
-def _evaluate(
-    x: Tensor, params: Tensor, num_bins: int, bound: float, inverse: bool, with_tape: bool = True
-) -> tuple[Tensor, ...]:
+def _evaluate(x: Tensor, params: Tensor, box: Box, inverse: bool, with_tape: bool = True) -> tuple[Tensor, ...]:
     """The image of x (...) at params (..., P), its log-slope, and the fields of `Tape`."""
     ends = (0, 0) * x.dim()
-    box = 2 * bound
+    num_bins, bound, width = box.num_bins, box.bound, 2 * box.bound
     rows = params.movedim(-1, 0).contiguous() * DAMPING
     raw = rows[2 * num_bins :]
     root = torch.sqrt(raw * raw + 4)
-    rising = (raw + root) * (0.5 - 0.5 * MIN_SLOPE)  # the squareplus
-    knots = F.pad(rising + MIN_SLOPE, (*ends, 1, 1), value=1.0)
+    rising = (raw + root) * (0.5 - 0.5 * box.min_slope)  # the squareplus
+    knots = F.pad(rising + box.min_slope, (*ends, 1, 1), value=1.0)
     shares = torch.softmax(rows[: 2 * num_bins].unflatten(0, (2, num_bins)), 1)
-    size = shares * (box * (1 - MIN_SHARE)) + box * MIN_SHARE / num_bins
+    size = shares * (width * (1 - box.min_share)) + width * box.min_share / num_bins
     left = size.cumsum(1) - size - bound
     within = x.clamp(-bound, bound)
     past = within >= left[1 if inverse else 0, 1:]
@@ -223,22 +243,23 @@ def _solve(r: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor
     return torch.where(low, near, far), torch.where(low, far, near)
 
 
-def _pullback(tape: Tape, to_y: Tensor | None, to_log: Tensor | None, bound: float) -> tuple[Tensor, Tensor]:
+def _pullback(tape: Tape, to_y: Tensor | None, to_log: Tensor | None, box: Box) -> tuple[Tensor, Tensor]:
     """The gradients of sum(y to_y) + sum(log(dy/dx) to_log) by x (...) and by the parameters (..., P); None is 0."""
     parts = [by * to for by, to in ((tape.by_y, to_y), (tape.by_log, to_log)) if to is not None]
     five = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     to_x = five[0] if to_y is None else five[0] + (1 - tape.inside) * to_y
-    return to_x, _to_params(tape, to_y, five, bound)
+    return to_x, _to_params(tape, to_y, five, box)
 
 
-def _to_params(tape: Tape, to_y: Tensor | None, five: Tensor, bound: float) -> Tensor:
+def _to_params(tape: Tape, to_y: Tensor | None, five: Tensor, box: Box) -> Tensor:
     """The gradient by the parameters (..., P) from those by y_k (to_y) and by x, w, h, d_k, d_{k+1}."""
     shares, here = tape.shares, tape.here
     by_x, _, _, by_d0, by_d1 = five.unbind()
     # x_k is the sum of the sizes before bin k: they get its gradient, and bin k that of its own size.
     lefts = torch.stack((-by_x, torch.zeros_like(by_x) if to_y is None else to_y * tape.inside)).unsqueeze(1)
     weighted = torch.addcmul(lefts * tape.before, five[1:3].unsqueeze(1), here) * shares
-    to_shares = (weighted - shares * weighted.sum(1, keepdim=True)) * (2 * bound * DAMPING * (1 - MIN_SHARE))
+    total = weighted.sum(1, keepdim=True)
+    to_shares = (weighted - shares * total) * (2 * box.bound * DAMPING * (1 - box.min_share))
     to_slopes = torch.addcmul(by_d0 * here[1:], by_d1, here[:-1]) * tape.slope_by_raw
     return torch.cat((to_shares.flatten(0, 1), to_slopes)).movedim(0, -1)
 
@@ -249,12 +270,12 @@ class _Spline(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, params: Tensor, num_bins: int, bound: float, inverse: bool) -> tuple[Tensor, ...]:
-        return _evaluate(x, params, num_bins, bound, inverse)
+    def forward(x: Tensor, params: Tensor, box: Box, inverse: bool) -> tuple[Tensor, ...]:
+        return _evaluate(x, params, box, inverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, _, ctx.bound, ctx.inverse = inputs
+        _, _, ctx.box, ctx.inverse = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(*output[2:])
@@ -263,10 +284,10 @@ class _Spline(Function):
     @once_differentiable
     def backward(ctx: Any, to_image: Tensor | None, to_log: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if to_image is None and to_log is None:
-            return (None,) * 5
+            return (None,) * 4
         tape = Tape(*ctx.saved_tensors)
         if not ctx.inverse:
-            return *_pullback(tape, to_image, to_log, ctx.bound), None, None, None
+            return *_pullback(tape, to_image, to_log, ctx.box), None, None
         # x = f^-1(y; p) and -log f'(x; p): by x, g = to_x - to_log d log f'/dx; by y, g / f'; by p, -(g / f') df/dp
         # - to_log d log f'/dp.
         to_log = None if to_log is None else -to_log
@@ -274,7 +295,7 @@ class _Spline(Function):
         if to_log is not None:
             g = g + to_log * tape.by_log[0]
         to_y = g / (tape.by_y[0] + (1 - tape.inside))
-        return to_y, _pullback(tape, -to_y, to_log, ctx.bound)[1], None, None, None
+        return to_y, _pullback(tape, -to_y, to_log, ctx.box)[1], None, None
 
 
 class NeuralSpline(Coupling):
@@ -289,6 +310,8 @@ class NeuralSpline(Coupling):
         num_flows: K.
         num_bins: bins of each spline.
         bound: B.
+        min_share: as for `RationalQuadratic`.
+        min_slope: likewise.
         **options: hidden_dims, activation, mixing, context_dim, start, as for `Coupling`.
 
     Raises:
@@ -304,9 +327,18 @@ class NeuralSpline(Coupling):
     """
 
     def __init__(
-        self, input_dim: int, num_flows: int = 1, *, num_bins: int = NUM_BINS, bound: float = BOUND, **options: Any
+        self,
+        input_dim: int,
+        num_flows: int = 1,
+        *,
+        num_bins: int = NUM_BINS,
+        bound: float = BOUND,
+        min_share: float = MIN_SHARE,
+        min_slope: float = MIN_SLOPE,
+        **options: Any,
     ) -> None:
-        super().__init__(input_dim, RationalQuadratic(num_bins, bound), num_flows, **options)
+        spline = RationalQuadratic(num_bins, bound, min_share, min_slope)
+        super().__init__(input_dim, spline, num_flows, **options)
 
 
 class AutoregressiveSpline(Autoregressive):
@@ -318,6 +350,8 @@ class AutoregressiveSpline(Autoregressive):
         input_dim: D.
         num_bins: bins of each spline.
         bound: B.
+        min_share: as for `RationalQuadratic`.
+        min_slope: likewise.
         fast: the direction that takes one pass: "forward" for variational inference, "inverse" for densities of data.
         **options: hidden_dims, order, context_dim, activation, as for `Autoregressive`.
 
@@ -331,10 +365,12 @@ class AutoregressiveSpline(Autoregressive):
         *,
         num_bins: int = NUM_BINS,
         bound: float = BOUND,
+        min_share: float = MIN_SHARE,
+        min_slope: float = MIN_SLOPE,
         fast: str = "forward",
         **options: Any,
     ) -> None:
-        super().__init__(input_dim, RationalQuadratic(num_bins, bound), fast=fast, **options)
+        super().__init__(input_dim, RationalQuadratic(num_bins, bound, min_share, min_slope), fast=fast, **options)
 
 
 def neural_spline(input_dim: int, *, kind: str = "coupling", **options: Any) -> NeuralSpline | AutoregressiveSpline:
