@@ -5,19 +5,24 @@ log-likelihood of test rows that no fit has seen, in nats, with its standard err
 density is known, also the gap to it on the same rows, an estimate of KL(p || q) with a smaller error. Planar and
 radial flows are here by their exact inverses, with gradients by the implicit function theorem.
 
+Each flow is fitted from several seeds, which draw its start, the rows held out and the minibatches: one fit differs
+from the next by more than the error of its score.
+
 Where zuko is installed, its flow of the same family and size is fitted beside ours: the same rows, split,
 standardization, affine layer, minibatches, steps and schedule, by the same loop (`experiments.zuko_flows`). The
-difference of the two is taken row by row of the test set, so that its standard error is that of a paired comparison.
+difference of the two is taken seed by seed, and its standard error is that over the seeds.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,6 +50,8 @@ class Config:
     """Everything this experiment depends on."""
 
     seed: int = 0
+    seeds: int = 3
+    """How many fits of each flow, from `seed` on; the data are those of `seed`."""
     datasets: tuple[str, ...] = datasets.DATASETS
     flows: tuple[str, ...] | None = None
     """Registered names; None is all of them."""
@@ -60,7 +67,7 @@ class Config:
     @classmethod
     def quick(cls, seed: int = 0) -> Config:
         """Short fits, to see that it works: their scores are not the ones to quote."""
-        return cls(seed=seed, num_steps=100, num_train=2000, num_test=2000, pixels=60)
+        return cls(seed=seed, seeds=1, num_steps=100, num_train=2000, num_test=2000, pixels=60)
 
 
 def run(config: Config, progress: bool = True) -> Report:
@@ -72,27 +79,29 @@ def run(config: Config, progress: bool = True) -> Report:
     peers = {flow for flow in flows if flow in zuko_flows.FAMILIES and config.zuko and zuko_flows.has_zuko()}
     rows: list[dict[str, Any]] = []
     images: dict[tuple[str, str], Tensor] = {}
-    bar = tqdm(total=len(sets) * (len(flows) + len(peers)), desc="density", disable=not progress, unit="fit")
+    num_fits = len(sets) * (len(flows) + len(peers)) * config.seeds
+    bar = tqdm(total=num_fits, desc="density", disable=not progress, unit="fit")
     for name, data in sets.items():
         truth = None if data.log_density is None else data.log_density(data.test)
         picture = None if truth is None else Grid.midpoints(((-data.extent, data.extent),) * 2, config.pixels)
         if truth is not None and data.log_density is not None and picture is not None:
-            rows.append(_row(name, "truth", truth, None))
+            rows.append(_row(name, "truth", truth, None, [0.0]))
             images[name, "truth"] = data.log_density(picture.z)
         for flow in flows:
             bar.set_postfix_str(f"{name}, {flow}")
-            fit, seconds = _fit(config, data, flow)
-            log_q = fit.log_prob(data.test).double()
-            row = _row(name, flow, log_q, truth) | {"seconds": seconds, **_decided(fit)}
+            fits = []
+            for seed in range(config.seed, config.seed + config.seeds):
+                fits.append(_fit(config, data, flow, seed))
+                bar.update()
+            log_q = torch.stack([fit.log_prob(data.test).double() for fit, _ in fits])
+            row = _row(name, flow, log_q.mean(0), truth, log_q.mean(1).tolist()) | _decided(fits)
             if data.modes is not None:
-                row["worst_mode"] = datasets.worst_mode(fit.sample(20_000, seed=0), *data.modes)
+                row["worst_mode"] = max(datasets.worst_mode(q.sample(20_000, seed=0), *data.modes) for q, _ in fits)
             if picture is not None:
-                images[name, flow] = fit.log_prob(picture.z)
-            bar.update()
+                images[name, flow] = fits[0][0].log_prob(picture.z)
             if flow in peers:
                 bar.set_postfix_str(f"{name}, {flow} by zuko")
-                row |= _by_zuko(config, data, flow, fit.config["num_flows"], log_q)
-                bar.update()
+                row |= _by_zuko(config, data, flow, fits[0][0].config["num_flows"], log_q.mean(1), bar)
             rows.append(row)
     bar.close()
     figure = draw(config, sets, flows, images, rows)
@@ -100,32 +109,51 @@ def run(config: Config, progress: bool = True) -> Report:
     return Report("density", TITLE, config, rows, table, notes, figure, time.perf_counter() - start)
 
 
-def _fit(config: Config, data: datasets.Dataset, flow: Any, **options: Any) -> tuple[flowvi.DensityFit, float]:
-    """A fit with flowvi's defaults, and its seconds."""
+Fit = tuple[flowvi.DensityFit, float]
+"""A fit, and its seconds."""
+
+
+def _fit(config: Config, data: datasets.Dataset, flow: Any, seed: int, **options: Any) -> Fit:
+    """With flowvi's defaults."""
     begin = time.perf_counter()
-    fit = flowvi.fit_density(data.train, flow, num_steps=config.num_steps, seed=config.seed, progress=False, **options)
+    fit = flowvi.fit_density(data.train, flow, num_steps=config.num_steps, seed=seed, progress=False, **options)
     if fit.config["stopped"] == "interrupted":  # a fit returns at Ctrl-C; here it means: all of it
         raise KeyboardInterrupt
     return fit, time.perf_counter() - begin
 
 
-def _by_zuko(config: Config, data: datasets.Dataset, flow: str, num_flows: int, log_q: Tensor) -> dict[str, Any]:
-    """The columns of zuko's flow of the same family, length and widths, fitted by the same loop at the same rate."""
+def _by_zuko(
+    config: Config, data: datasets.Dataset, flow: str, num_flows: int, ours: Tensor, bar: tqdm[Any]
+) -> dict[str, Any]:
+    """The columns of zuko's flow of the same family, length and widths, fitted by the same loop at the same rate.
+
+    Args:
+        config: what is run.
+        data: what is fitted.
+        flow: the family.
+        num_flows: K.
+        ours: the mean log-likelihood of each seed's fit, by flowvi.
+        bar: shows the progress.
+    """
 
     def make(dim: int) -> Any:
         return zuko_flows.zuko_flow(flow, dim, num_flows, hidden_dims=HIDDEN_DIMS, num_bins=NUM_BINS)
 
-    theirs, seconds = _fit(config, data, make, num_flows=1)
-    other = theirs.log_prob(data.test).double()
-    mean, se = _mean(other)
-    ahead, ahead_se = _mean(log_q - other)
+    fits = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        fits.append(_fit(config, data, make, seed, num_flows=1))
+        bar.update()
+    log_q = torch.stack([fit.log_prob(data.test).double() for fit, _ in fits])
+    ahead, ahead_se = _mean(ours - log_q.mean(1))
+    mean, se = _mean(log_q.mean(0))
     return {
         "zuko_log_likelihood": mean,
         "zuko_log_likelihood_se": se,
-        "zuko_num_parameters": theirs.config["num_parameters"],
-        "zuko_seconds": seconds,
+        "zuko_log_likelihood_by_seed": log_q.mean(1).tolist(),
+        "zuko_num_parameters": fits[0][0].config["num_parameters"],
+        "zuko_seconds": sum(seconds for _, seconds in fits) / len(fits),
         "ahead_of_zuko": ahead,
-        "ahead_of_zuko_se": ahead_se,
+        "ahead_of_zuko_se": None if config.seeds == 1 else ahead_se,
     }
 
 
@@ -134,31 +162,35 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), values.std().item() / math.sqrt(len(values))
 
 
-def _row(name: str, flow: str, log_q: Tensor, truth: Tensor | None) -> dict[str, Any]:
-    """The score of one density on the test rows."""
+def _row(name: str, flow: str, log_q: Tensor, truth: Tensor | None, by_seed: list[float]) -> dict[str, Any]:
+    """The score of one density on the test rows: `log_q` is the mean over the seeds' fits, row by row."""
     mean, se = _mean(log_q)
     gap, gap_se = (None, None) if truth is None else _mean(truth - log_q)
     rest = ("K", "num_parameters", "best_step", "skipped_steps", "seconds", "worst_mode", *DECIDED)
-    zuko = ("zuko_log_likelihood", "zuko_log_likelihood_se", "zuko_num_parameters", "zuko_seconds")
+    zuko = ("zuko_log_likelihood", "zuko_log_likelihood_se", "zuko_log_likelihood_by_seed", "zuko_num_parameters")
     return {
         "dataset": name,
         "flow": flow,
         "log_likelihood": mean,
         "log_likelihood_se": se,
+        "log_likelihood_by_seed": by_seed,
         "gap": gap,
         "gap_se": gap_se,
         "num_test": len(log_q),
-        **dict.fromkeys((*rest, *zuko, "ahead_of_zuko", "ahead_of_zuko_se")),
+        **dict.fromkeys((*rest, *zuko, "zuko_seconds", "ahead_of_zuko", "ahead_of_zuko_se")),
     }
 
 
-def _decided(fit: flowvi.DensityFit) -> dict[str, Any]:
+def _decided(fits: Sequence[Fit]) -> dict[str, Any]:
+    """What the first fit decided, and what is the mean or the sum of all."""
+    first = fits[0][0]
     return {
-        "K": fit.config["num_flows"],
-        "num_parameters": fit.config["num_parameters"],
-        "best_step": fit.history.best_step,
-        "skipped_steps": fit.history.skipped_steps,
-        **{key: fit.config[key] for key in DECIDED},
+        "K": first.config["num_flows"],
+        "num_parameters": first.config["num_parameters"],
+        "best_step": first.history.best_step,
+        "skipped_steps": sum(fit.history.skipped_steps for fit, _ in fits),
+        "seconds": sum(seconds for _, seconds in fits) / len(fits),
+        **{key: first.config[key] for key in DECIDED},
     }
 
 
@@ -182,6 +214,7 @@ def _table(rows: Sequence[Mapping[str, Any]], with_zuko: bool) -> list[dict[str,
                 "parameters": str(row["num_parameters"] or "-"),
                 "held-out nats": number(row, "log_likelihood"),
                 "KL(p, q)": number(row, "gap"),
+                "spread": "-" if len(row["log_likelihood_by_seed"]) < 2 else _spread(row["log_likelihood_by_seed"]),
                 "worst mode": "-" if row["worst_mode"] is None else f"{row['worst_mode']:.0%}",
                 "seconds": number(row, "seconds", 1),
             }
@@ -195,6 +228,11 @@ def _table(rows: Sequence[Mapping[str, Any]], with_zuko: bool) -> list[dict[str,
     return table
 
 
+def _spread(values: Sequence[float]) -> str:
+    """The standard deviation over the seeds."""
+    return f"{statistics.stdev(values):.3f}"
+
+
 def _notes(
     config: Config, sets: Mapping[str, datasets.Dataset], rows: Sequence[Mapping[str, Any]], peers: Collection[str]
 ) -> list[str]:
@@ -204,8 +242,9 @@ def _notes(
         "Rows: "
         + ", ".join(f"{name} {len(s.train):,} to fit, {len(s.test):,} to test" for name, s in sets.items())
         + "; a tenth of those to fit is held out by the fit itself.",
-        "Every fit is flowvi.fit_density with its defaults. Planar and radial flows are fitted through their exact "
-        "inverses.",
+        f"Every fit is flowvi.fit_density with its defaults. Each flow is fitted from {config.seeds} seeds: scores and "
+        "seconds are means over them, and spread is the standard deviation of the scores. Planar and radial flows are "
+        "fitted through their exact inverses.",
     ]
     if any(row["worst_mode"] is not None for row in rows):
         notes.append(_modes(rows))
@@ -215,7 +254,7 @@ def _notes(
         notes.append(
             f"{zuko_flows.zuko_version()}: its flow of the same family, layers, widths and bins, on the same rows, "
             f"split and standardization, with the same affine layer, minibatches, steps and step sizes. flowvi minus "
-            f"zuko: the mean difference over test rows, ± its paired standard error; above 0, flowvi's is better."
+            f"zuko: the mean difference seed by seed, ± its standard error; above 0, flowvi's is better."
         )
     elif config.zuko:
         notes.append("zuko is not installed, so nothing is compared with it (pip install 'flowvi[zuko]').")
@@ -231,7 +270,8 @@ def _modes(rows: Sequence[Mapping[str, Any]]) -> str:
     bad = [row["flow"] for row in told if row["worst_mode"] > GOOD_MODE]
     return (
         f"worst mode: by how much of its mass, within three standard deviations, the worst of the equal modes is off, "
-        f"from 20,000 draws. All within {GOOD_MODE:.0%}: {', '.join(good) or 'none'}; not: {', '.join(bad) or 'none'}."
+        f"from 20,000 draws, in the worst seed. All within {GOOD_MODE:.0%}: {', '.join(good) or 'none'}; not: "
+        f"{', '.join(bad) or 'none'}."
     )
 
 

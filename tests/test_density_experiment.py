@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -69,6 +70,7 @@ def test_tiny_run(tmp_path):
     pytest.importorskip("sklearn")
     config = density.Config(
         seed=2,
+        seeds=2,
         datasets=("checkerboard", "moons", "breast_cancer"),
         flows=("affine", "planar"),
         num_steps=40,
@@ -94,6 +96,9 @@ def test_tiny_run(tmp_path):
     table = paths[1].read_text()
     assert "Short fits of 40 steps" in table
     assert "| planar | 32 |" in table
+    planar = found["moons", "planar"]
+    assert len(set(planar["log_likelihood_by_seed"])) == 2
+    assert sum(planar["log_likelihood_by_seed"]) / 2 == pytest.approx(planar["log_likelihood"])
 
 
 def test_zuko_stands_beside(tmp_path):
@@ -103,7 +108,9 @@ def test_zuko_stands_beside(tmp_path):
     rows = {row["flow"]: row for row in json.loads(paths[0].read_text())["rows"]}
     maf = rows["maf"]
     assert maf["ahead_of_zuko"] == pytest.approx(maf["log_likelihood"] - maf["zuko_log_likelihood"], abs=1e-6)
-    assert 0 < maf["ahead_of_zuko_se"] < maf["log_likelihood_se"] + maf["zuko_log_likelihood_se"]
+    by_seed = [a - b for a, b in zip(maf["log_likelihood_by_seed"], maf["zuko_log_likelihood_by_seed"], strict=True)]
+    assert len(by_seed) == 3
+    assert maf["ahead_of_zuko_se"] == pytest.approx(statistics.stdev(by_seed) / 3**0.5)
     assert maf["zuko_num_parameters"] == maf["num_parameters"]
     assert rows["planar"]["ahead_of_zuko"] is None
     assert "flowvi minus zuko" in paths[1].read_text()
