@@ -62,7 +62,7 @@ class Config:
 
     def case(self, images: Images, length: int) -> Case:
         """A row's."""
-        training = Training(**{**vars(TUNED), "lr": 1e-3, "updates": self.updates or TUNED.updates})
+        training = Training(**{**vars(TUNED), "updates": self.updates or TUNED.updates})
         return Case(
             data=images.words,
             flow="planar",

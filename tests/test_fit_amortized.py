@@ -12,7 +12,8 @@ from pyro import poutine
 from torch import nn
 
 import flowvi
-from flowvi.errors import DimensionError, NonFiniteError, OptionError
+from flowvi.errors import DimensionError, NonFiniteError, NumericalWarning, OptionError
+from flowvi.fit.amortized import Record
 from flowvi.models import DLGM, Maxout
 
 W = torch.tensor([[1.0, 0.5], [-0.5, 1.0], [0.0, 0.0]])
@@ -92,6 +93,49 @@ def test_early_stopping_keeps_the_best():
     assert found.config["stopped"] == "no improvement"
     best = found.history.validation.argmax()
     assert found.history.best_step == found.history.step[best] < found.history.step[-1]
+
+
+class Thrown(nn.Module):
+    """An encoder whose weights some call throws far away, as an exploding step does."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.linear, self.at, self.calls = nn.Linear(3, 3), at, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == self.at:
+            with torch.no_grad():
+                self.linear.weight.mul_(1e4)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 1e-2), ("rmsprop", 1e-3)])
+@pytest.mark.parametrize("validation", [0, 0.2])
+def test_a_collapse_is_undone_and_told(optimizer, lr, validation):
+    x = data()
+    options = {"num_steps": 400, "num_flows": 2, "lr": lr, "seed": 1, "progress": False, "validation": validation}
+    steady = flowvi.fit(linear_gaussian, x, encoder=Thrown(at=-1), optimizer=optimizer, **options)
+    assert steady.config["collapses"] == 0
+    with pytest.warns(NumericalWarning, match="collapsed 1 time;"):
+        found = flowvi.fit(linear_gaussian, x, encoder=Thrown(at=300), optimizer=optimizer, **options)
+    assert found.config["collapses"] == 1
+    assert found.elbo(x).mean > steady.elbo(x).mean - 0.1
+
+
+def test_a_slow_decline_or_a_schedule_is_no_collapse():
+    record = Record()
+    for train, beta in ((-5.0, 0.1), (-80.0, 0.5), (-100.0, 1.0), (-90.0, 1.0), (-96.0, 1.0), (-500.0, 1.0)):
+        record.checks.append((1, train, math.nan, 1e-3, beta))
+        assert not record.has_collapsed
+    record.checks.append((1, -600.0, math.nan, 1e-3, 1.0))
+    assert record.has_collapsed
+    record.checks[-1] = (1, -90.0, -math.inf, 1e-3, 1.0)
+    assert record.has_collapsed
+    record.collapsed_at = len(record.checks)
+    for train in (-580.0, -610.0):  # from where it went on
+        record.checks.append((1, train, math.nan, 1e-3, 1.0))
+        assert not record.has_collapsed
 
 
 def test_save_and_load(tmp_path):

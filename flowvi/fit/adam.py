@@ -84,6 +84,12 @@ class FlatAdam:
         """Steps that were not taken."""
         return int(self.state[2])
 
+    def forget(self) -> None:
+        """Start again from here: without moments, but with the number of steps skipped."""
+        self.mean.zero_()
+        self.square.zero_()
+        self.state[:2] = 0
+
     def step(self, lr: float, usable: Tensor | bool = True) -> None:
         """One step of size `lr`, unless the gradient is not finite or `usable` is false."""
         if self._kernel is not None:

@@ -50,6 +50,11 @@ GLOBALS_BETA2 = 0.99
 with .999 the sds of the global latents were still 1.5 times too large after 2,000 steps."""
 
 
+COLLAPSE = 5.0
+"""A fit whose ELBO has fallen by so many times all it had gained, and its own size, goes back to its best and on from
+there with half the step: what an exploded network learns again is not worth the wait."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the loop walks, beside its `Schedule`.
@@ -79,8 +84,21 @@ class Record:
     waited: int = 0
     steps: int = 0
     skipped_steps: int = 0
+    collapses: int = 0
+    collapsed_at: int = 0
+    """The number of checks made by the last collapse."""
     seconds: float = 0.0
     stopped: str = "finished"
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether the last check is far below the best one since the last collapse, of those not annealed."""
+        checks = [check for check in self.checks[self.collapsed_at :] if check[-1] == 1]
+        if self.checks[-1][-1] != 1 or len(checks) < 2:
+            return False
+        values = [train if math.isnan(held) else held for _, train, held, *_ in checks]
+        best = max(value for value in values if not math.isnan(value))
+        return not best - values[-1] <= COLLAPSE * max(best - values[0], abs(best))
 
     def history(self) -> AmortizedHistory:
         """The same, for the user."""
@@ -222,6 +240,7 @@ def fit_amortized(
         "seed": seed,
         "device": str(parameters[0].device),
         "direct": step.direct,
+        "collapses": record.collapses,
         "peak_memory_mb": _peak(parameters[0].device),
         "stopped": record.stopped,
     }
@@ -300,7 +319,7 @@ def _maximize(
         with whole_steps(checkpoint is not None) as ctrl_c, pyro.validation_enabled(False):
             for t in range(record.steps, schedule.num_steps if not over else 0):
                 beta = objective.beta(t) if isinstance(objective, ELBO) else 1.0
-                lr = schedule.lr if walk.constant else schedule.lr_at(t)
+                lr = (schedule.lr if walk.constant else schedule.lr_at(t)) * 0.5**record.collapses
                 flat.grad.zero_()
                 if ranks.world > 1:
                     torch.manual_seed((seed + 1) * 1_000_003 + t * ranks.world + ranks.rank)
@@ -318,7 +337,12 @@ def _maximize(
                     record.checks.append((t + 1, float(seen[0] / seen[1]), value, lr, beta))
                     seen.zero_()
                     record.waited += 1
-                    if held is None or value > record.best:
+                    if record.has_collapsed:
+                        record.collapses += 1
+                        record.collapsed_at = len(record.checks)
+                        flat.vector.copy_(best)
+                        optimizer.forget()
+                    elif held is None or value > record.best:
                         record.waited, record.best, record.best_step = 0, value, t + 1
                         best.copy_(flat.vector)
                     _show(bar, record)
@@ -389,6 +413,14 @@ def _report_trouble(record: Record) -> None:
     if record.stopped == "interrupted":
         warnings.warn(
             InterruptedWarning(f"stopped by Ctrl-C after {record.steps} steps; this is the best so far."), stacklevel=4
+        )
+    if record.collapses:
+        warnings.warn(
+            NumericalWarning(
+                f"the ELBO collapsed {record.collapses} time{'s' if record.collapses > 1 else ''}; the fit went back "
+                f"to its best and on with half the step size. A smaller lr saves the steps that this cost."
+            ),
+            stacklevel=4,
         )
     if record.skipped_steps:
         warnings.warn(

@@ -37,6 +37,12 @@ class FlatRMSprop:
         """Steps that were not taken."""
         return int(self.state[2])
 
+    def forget(self) -> None:
+        """Start again from here: without moments, but with the number of steps skipped."""
+        self.mean.zero_()
+        self.square.zero_()
+        self.state[:2] = 0
+
     def step(self, lr: float, usable: Tensor | bool = True) -> None:
         """One step of size `lr`, unless the gradient is not finite or `usable` is false."""
         norm = float(torch.linalg.vector_norm(self.grad, dtype=torch.float64))
