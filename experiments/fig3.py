@@ -1,12 +1,11 @@
 """Figure 3: the four energies of table 1, fitted by planar, radial and NICE flows of length K = 2, 8, 32.
 
 Source: Rezende & Mohamed 2015 (arXiv:1505.05770), section 6.1 and figure 3, which has planar flows beside NICE;
-the radial ones are added here. NICE mixes the coordinates between its pairs of layers by random permutations or by
-random orthogonal matrices (section 5). Every fit is `flowvi.fit` with
-its defaults: nothing is tuned per energy. KL(q || p), the integral of q (log q - log p), is computed by
-quadrature on a grid with log Z known, so it is an absolute number; log Z - ELBO from fresh draws estimates
-the same and checks it. U2, U3 and U4 are soft-walled at |z1| = 4 (see `flowvi.energies.U2`): their
-divergences are to that target.
+the radial ones are added here. NICE mixes the coordinates between its layers by permutations, which in the plane
+means that the two take turns, or by random orthogonal matrices (section 5). Every fit is `flowvi.fit` with its
+defaults: nothing is tuned per energy. KL(q || p), the integral of q (log q - log p), is computed by quadrature on a
+grid with log Z known, so it is an absolute number; log Z - ELBO from fresh draws estimates the same and checks it.
+U2, U3 and U4 are soft-walled at |z1| = 4 (see `flowvi.energies.U2`): their divergences are to that target.
 """
 
 from __future__ import annotations

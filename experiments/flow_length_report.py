@@ -200,7 +200,8 @@ def notes(config: Config, rows: Sequence[Row], log_z: Mapping[str, tuple[float, 
         f"KL = log Z - ELBO, from {config.num_draws:,} fresh draws; below about {FLOOR:g} it is noise.",
         f"Every fit is flowvi.fit with its defaults (learning rate by family, S = 256, energies annealed, posteriors "
         f"whitened first) but for {config.num_steps} steps, and compile=False. nice and real_nvp mix by "
-        "permutations; nice starts at random layers (start=1), since from the identity it stays at U1's best Gaussian.",
+        "permutations (in the plane the two coordinates take turns); nice starts at random layers (start=1), since "
+        "from the identity it stays at U1's best Gaussian.",
         f"log Z is known for {', '.join(known) or 'none'}. U2, U3 and U4 are soft-walled: ((|z1| - 4)+ / 0.1)^2 / 2 is "
         "added to U.",
         "Seconds are of the steps alone, on one thread, energies in float32 and posteriors in float64; the whitening "
