@@ -108,8 +108,14 @@ def run_fig3(  # noqa: D103 (its help is above)
 
 
 @app.command("density", help=density.TITLE)
-def run_density(quick: Quick = False, seed: Seed = 0, out: Out = None) -> None:  # noqa: D103 (its help is above)
+def run_density(  # noqa: D103 (its help is above)
+    quick: Quick = False,
+    seed: Seed = 0,
+    flow: Annotated[list[str] | None, typer.Option(help="A flow to fit; once for each.", show_default="all")] = None,
+    out: Out = None,
+) -> None:
     config = density.Config.quick(seed) if quick else density.Config(seed=seed)
+    config = dataclasses.replace(config, flows=tuple(flow) if flow else None)
     _finish(lambda: density.run(config), out, quick)
 
 

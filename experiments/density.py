@@ -31,6 +31,7 @@ from experiments import datasets, zuko_flows
 from experiments.report import Report, require_matplotlib, show_density
 from flowvi.energies import Grid
 from flowvi.transforms.coupling import HIDDEN_DIMS
+from flowvi.transforms.registry import lookup
 from flowvi.transforms.spline import NUM_BINS
 
 if TYPE_CHECKING:
@@ -71,10 +72,16 @@ class Config:
 
 
 def run(config: Config, progress: bool = True) -> Report:
-    """Fit everything, and score it."""
+    """Fit everything, and score it.
+
+    Raises:
+        UnknownFlowError: a flow is not registered.
+    """
     require_matplotlib()
     start = time.perf_counter()
     flows = tuple(flowvi.transforms.available()) if config.flows is None else config.flows
+    for flow in flows:
+        lookup(flow)  # a wrong name is told now, not after the fits before it
     sets = {name: datasets.load(name, config.num_train, config.num_test, config.seed) for name in config.datasets}
     peers = {flow for flow in flows if flow in zuko_flows.FAMILIES and config.zuko and zuko_flows.has_zuko()}
     rows: list[dict[str, Any]] = []

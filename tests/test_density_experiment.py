@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib: pip install 'flowvi[experiments]'")
 
 from experiments import datasets, density, zuko_flows
-from flowvi.errors import FlowVIError
+from flowvi.errors import FlowVIError, UnknownFlowError
 from flowvi.transforms.registry import build
 
 
@@ -130,6 +130,11 @@ def test_a_set_alone_without_a_picture(tmp_path):
     config = density.Config(datasets=("breast_cancer",), flows=("affine",), num_steps=5)
     density.run(config, progress=False).write(tmp_path)
     assert (tmp_path / "density.png").exists()
+
+
+def test_an_unknown_flow_is_told_before_any_fit():
+    with pytest.raises(UnknownFlowError, match="mafia"):
+        density.run(density.Config(flows=("maf", "mafia")), progress=False)
 
 
 def test_ctrl_c_ends_all_of_it(monkeypatch):
