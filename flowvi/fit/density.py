@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "neural_spline": {"bound": 4.0, "min_share": 0.1, "min_slope": 0.01},
 }
 """Options without a context, of families whose defaults are those of variational inference: data have sharper edges,
-and standardized ones stay in a smaller box; eight layers of scales up to e^3 once gave one test row of 20,000 a log q of
+and standardized ones stay in a smaller box; eight layers with scales up to e^3 gave one test row of 20,000 a log q of
 -270,000. Given a context, the layers have to shift too, and the defaults serve."""
 CHECKED_ROWS = 10_000  # held-out rows at most for one check; the final score takes all
 
