@@ -176,9 +176,16 @@ class InverseAffine(SoftClippedAffine):
         OptionError: c is not a positive number.
     """
 
-    forward, inverse = SoftClippedAffine.inverse, SoftClippedAffine.forward
-    forward_with_tape = Elementwise.forward_with_tape  # type: ignore[assignment]
-    score, backward = Elementwise.score, Elementwise.backward  # type: ignore[assignment]
+    forward_with_tape = Elementwise.forward_with_tape
+    score, backward = Elementwise.score, Elementwise.backward
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Elementwise`."""
+        return super().inverse(x, params)
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Elementwise`."""
+        return super().forward(y, params)
 
     def __repr__(self) -> str:
         return f"InverseAffine(clip={self.clip})"
