@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import dlgm_runs
-from experiments.dlgm_runs import TUNED, Case, Row, Training
+from experiments.dlgm_runs import TUNED, Case, Row
 from experiments.images import Images, cifar_patches
 from experiments.report import Report, require_matplotlib
 from flowvi.errors import FlowVIError, OptionError
@@ -62,7 +62,7 @@ class Config:
 
     def case(self, images: Images, length: int) -> Case:
         """A row's."""
-        training = Training(**{**vars(TUNED), "updates": self.updates or TUNED.updates})
+        training = replace(TUNED, updates=self.updates or TUNED.updates)
         return Case(
             data=images.words,
             flow="planar",

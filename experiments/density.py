@@ -96,10 +96,7 @@ def run(config: Config, progress: bool = True) -> Report:
             images[name, "truth"] = data.log_density(picture.z)
         for flow in flows:
             bar.set_postfix_str(f"{name}, {flow}")
-            fits = []
-            for seed in range(config.seed, config.seed + config.seeds):
-                fits.append(_fit(config, data, flow, seed))
-                bar.update()
+            fits = _fits(config, data, flow, bar)
             log_q = torch.stack([fit.log_prob(data.test).double() for fit, _ in fits])
             row = _row(name, flow, log_q.mean(0), truth, log_q.mean(1).tolist()) | _decided(fits)
             if data.modes is not None:
@@ -120,13 +117,17 @@ Fit = tuple[flowvi.DensityFit, float]
 """A fit, and its seconds."""
 
 
-def _fit(config: Config, data: datasets.Dataset, flow: Any, seed: int, **options: Any) -> Fit:
-    """With flowvi's defaults."""
-    begin = time.perf_counter()
-    fit = flowvi.fit_density(data.train, flow, num_steps=config.num_steps, seed=seed, progress=False, **options)
-    if fit.config["stopped"] == "interrupted":  # a fit returns at Ctrl-C; here it means: all of it
-        raise KeyboardInterrupt
-    return fit, time.perf_counter() - begin
+def _fits(config: Config, data: datasets.Dataset, flow: Any, bar: tqdm[Any], **options: Any) -> list[Fit]:
+    """One from each seed, with flowvi's defaults."""
+    fits = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        begin = time.perf_counter()
+        fit = flowvi.fit_density(data.train, flow, num_steps=config.num_steps, seed=seed, progress=False, **options)
+        if fit.config["stopped"] == "interrupted":  # a fit returns at Ctrl-C; here it means: all of it
+            raise KeyboardInterrupt
+        fits.append((fit, time.perf_counter() - begin))
+        bar.update()
+    return fits
 
 
 def _by_zuko(
@@ -146,12 +147,9 @@ def _by_zuko(
     def make(dim: int) -> Any:
         return zuko_flows.zuko_flow(flow, dim, num_flows, hidden_dims=HIDDEN_DIMS, num_bins=NUM_BINS)
 
-    fits = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        fits.append(_fit(config, data, make, seed, num_flows=1))
-        bar.update()
+    fits = _fits(config, data, make, bar, num_flows=1)
     log_q = torch.stack([fit.log_prob(data.test).double() for fit, _ in fits])
-    ahead, ahead_se = _mean(ours - log_q.mean(1))
+    ahead = (ours - log_q.mean(1)).tolist()
     mean, se = _mean(log_q.mean(0))
     return {
         "zuko_log_likelihood": mean,
@@ -159,8 +157,8 @@ def _by_zuko(
         "zuko_log_likelihood_by_seed": log_q.mean(1).tolist(),
         "zuko_num_parameters": fits[0][0].config["num_parameters"],
         "zuko_seconds": sum(seconds for _, seconds in fits) / len(fits),
-        "ahead_of_zuko": ahead,
-        "ahead_of_zuko_se": None if config.seeds == 1 else ahead_se,
+        "ahead_of_zuko": statistics.fmean(ahead),
+        "ahead_of_zuko_se": None if len(ahead) == 1 else statistics.stdev(ahead) / math.sqrt(len(ahead)),
     }
 
 
@@ -214,6 +212,7 @@ def _table(rows: Sequence[Mapping[str, Any]], with_zuko: bool) -> list[dict[str,
     for name in dict.fromkeys(row["dataset"] for row in rows):
         mine = [row for row in rows if row["dataset"] == name]
         for row in sorted(mine, key=lambda row: (row["flow"] != "truth", -row["log_likelihood"])):
+            by_seed = row["log_likelihood_by_seed"]
             line = {
                 "set": name,
                 "flow": row["flow"],
@@ -221,7 +220,7 @@ def _table(rows: Sequence[Mapping[str, Any]], with_zuko: bool) -> list[dict[str,
                 "parameters": str(row["num_parameters"] or "-"),
                 "held-out nats": number(row, "log_likelihood"),
                 "KL(p, q)": number(row, "gap"),
-                "spread": "-" if len(row["log_likelihood_by_seed"]) < 2 else _spread(row["log_likelihood_by_seed"]),
+                "spread": "-" if len(by_seed) < 2 else f"{statistics.stdev(by_seed):.3f}",
                 "worst mode": "-" if row["worst_mode"] is None else f"{row['worst_mode']:.0%}",
                 "seconds": number(row, "seconds", 1),
             }
@@ -233,11 +232,6 @@ def _table(rows: Sequence[Mapping[str, Any]], with_zuko: bool) -> list[dict[str,
                 }
             table.append(line)
     return table
-
-
-def _spread(values: Sequence[float]) -> str:
-    """The standard deviation over the seeds."""
-    return f"{statistics.stdev(values):.3f}"
 
 
 def _notes(
@@ -308,5 +302,6 @@ def draw(
             if flow != "truth":
                 grid[i, j].set_xlabel(f"{gaps[name, flow]:.3f}", labelpad=2, fontsize="small")
         grid[i, 0].set_ylabel(name.replace("_", " "), fontsize="small")
-    figure.supxlabel("below each panel: KL(p || q) in nats, from test rows", fontsize="small")
+    words = "KL(p || q) in nats, from test rows" + (", the mean over seeds" if config.seeds > 1 else "")
+    figure.supxlabel(f"a panel: the first seed's; below it {words}", fontsize="small")
     return figure

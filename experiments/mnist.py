@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import dlgm_runs
-from experiments.dlgm_runs import CONFIGS, Case, Row, Training
+from experiments.dlgm_runs import CONFIGS, Case, Row
 from experiments.images import Images, dynamic_mnist, static_mnist
 from experiments.report import Report, require_matplotlib
 from flowvi.errors import FlowVIError, OptionError
@@ -100,7 +100,7 @@ class Config:
     def case(self, images: Images, flow: str, length: int) -> Case:
         """A row's."""
         chosen = CONFIGS[self.config]
-        training = Training(**{**vars(chosen), "updates": self.updates or chosen.updates})
+        training = replace(chosen, updates=self.updates or chosen.updates)
         return Case(
             data=images.words,
             flow=flow,

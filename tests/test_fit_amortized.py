@@ -132,9 +132,14 @@ def test_a_slow_decline_or_a_schedule_is_no_collapse():
     assert record.has_collapsed
     record.checks[-1] = (1, -90.0, -math.inf, 1e-3, 1.0)
     assert record.has_collapsed
-    record.collapsed_at = len(record.checks)
+    record.collapses.append(len(record.checks))
     for train in (-580.0, -610.0):  # from where it went on
         record.checks.append((1, train, math.nan, 1e-3, 1.0))
+        assert not record.has_collapsed
+    for nothing in (math.nan, -math.inf):  # to go back to
+        record = Record([(1, nothing, nothing, 1e-3, 1.0)] * 3)
+        assert not record.has_collapsed
+        record.checks.append((1, -100.0, -100.0, 1e-3, 1.0))
         assert not record.has_collapsed
 
 

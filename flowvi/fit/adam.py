@@ -54,13 +54,12 @@ class FlatParameters:
                 p.copy_(p)  # a new version, so that no transform's cache is taken for fresh
 
 
-class FlatAdam:
-    """Adam on one vector.
+class FlatMoments:
+    """What an optimizer of one vector remembers.
 
     Args:
         vector: the parameters, changed in place.
         grad: their gradient, read at each step.
-        beta2: how much of the second moment a step keeps.
 
     Attributes:
         mean: the first moment, of the vector's shape.
@@ -68,16 +67,10 @@ class FlatAdam:
         state: float64 (3,): steps taken, running length of the gradient, steps skipped.
     """
 
-    def __init__(self, vector: Tensor, grad: Tensor, beta2: float = BETA2) -> None:
-        self.vector, self.grad, self.beta2 = vector.detach(), grad, beta2
+    def __init__(self, vector: Tensor, grad: Tensor) -> None:
+        self.vector, self.grad = vector.detach(), grad
         self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
         self.state = torch.zeros(3, dtype=torch.float64, device=vector.device)
-        self._kernel = None
-        module = dispatch.compiled("training", self.vector, grad)
-        if module is not None:
-            arrays = [a.numpy() for a in (self.vector, grad, self.mean, self.square, self.state)]
-            self._arrays = arrays
-            self._kernel = module.make_adam(arrays[0].dtype.type)
 
     @property
     def skipped(self) -> int:
@@ -89,6 +82,26 @@ class FlatAdam:
         self.mean.zero_()
         self.square.zero_()
         self.state[:2] = 0
+
+
+class FlatAdam(FlatMoments):
+    """Adam on one vector.
+
+    Args:
+        vector: the parameters, changed in place.
+        grad: their gradient, read at each step.
+        beta2: how much of the second moment a step keeps.
+    """
+
+    def __init__(self, vector: Tensor, grad: Tensor, beta2: float = BETA2) -> None:
+        super().__init__(vector, grad)
+        self.beta2 = beta2
+        self._kernel = None
+        module = dispatch.compiled("training", self.vector, grad)
+        if module is not None:
+            arrays = [a.numpy() for a in (self.vector, grad, self.mean, self.square, self.state)]
+            self._arrays = arrays
+            self._kernel = module.make_adam(arrays[0].dtype.type)
 
     def step(self, lr: float, usable: Tensor | bool = True) -> None:
         """One step of size `lr`, unless the gradient is not finite or `usable` is false."""

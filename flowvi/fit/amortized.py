@@ -84,21 +84,21 @@ class Record:
     waited: int = 0
     steps: int = 0
     skipped_steps: int = 0
-    collapses: int = 0
-    collapsed_at: int = 0
-    """The number of checks made by the last collapse."""
+    collapses: list[int] = field(default_factory=list)
+    """The number of checks made by each collapse."""
     seconds: float = 0.0
     stopped: str = "finished"
 
     @property
     def has_collapsed(self) -> bool:
         """Whether the last check is far below the best one since the last collapse, of those not annealed."""
-        checks = [check for check in self.checks[self.collapsed_at :] if check[-1] == 1]
-        if self.checks[-1][-1] != 1 or len(checks) < 2:
+        since = self.checks[self.collapses[-1] if self.collapses else 0 :]
+        values = [train if math.isnan(held) else held for _, train, held, _, beta in since if beta == 1]
+        finite = [value for value in values if math.isfinite(value)]
+        if self.checks[-1][-1] != 1 or not finite:  # annealed, or nothing to go back to
             return False
-        values = [train if math.isnan(held) else held for _, train, held, *_ in checks]
-        best = max(value for value in values if not math.isnan(value))
-        return not best - values[-1] <= COLLAPSE * max(best - values[0], abs(best))
+        best = max(finite)
+        return not best - values[-1] <= COLLAPSE * max(best - finite[0], abs(best))
 
     def history(self) -> AmortizedHistory:
         """The same, for the user."""
@@ -240,7 +240,7 @@ def fit_amortized(
         "seed": seed,
         "device": str(parameters[0].device),
         "direct": step.direct,
-        "collapses": record.collapses,
+        "collapses": len(record.collapses),
         "peak_memory_mb": _peak(parameters[0].device),
         "stopped": record.stopped,
     }
@@ -319,7 +319,7 @@ def _maximize(
         with whole_steps(checkpoint is not None) as ctrl_c, pyro.validation_enabled(False):
             for t in range(record.steps, schedule.num_steps if not over else 0):
                 beta = objective.beta(t) if isinstance(objective, ELBO) else 1.0
-                lr = (schedule.lr if walk.constant else schedule.lr_at(t)) * 0.5**record.collapses
+                lr = (schedule.lr if walk.constant else schedule.lr_at(t)) * 0.5 ** len(record.collapses)
                 flat.grad.zero_()
                 if ranks.world > 1:
                     torch.manual_seed((seed + 1) * 1_000_003 + t * ranks.world + ranks.rank)
@@ -338,8 +338,7 @@ def _maximize(
                     seen.zero_()
                     record.waited += 1
                     if record.has_collapsed:
-                        record.collapses += 1
-                        record.collapsed_at = len(record.checks)
+                        record.collapses.append(len(record.checks))
                         flat.vector.copy_(best)
                         optimizer.forget()
                     elif held is None or value > record.best:
@@ -414,11 +413,11 @@ def _report_trouble(record: Record) -> None:
         warnings.warn(
             InterruptedWarning(f"stopped by Ctrl-C after {record.steps} steps; this is the best so far."), stacklevel=4
         )
-    if record.collapses:
+    if times := len(record.collapses):
         warnings.warn(
             NumericalWarning(
-                f"the ELBO collapsed {record.collapses} time{'s' if record.collapses > 1 else ''}; the fit went back "
-                f"to its best and on with half the step size. A smaller lr saves the steps that this cost."
+                f"the ELBO collapsed {times} time{'s' if times > 1 else ''}; the fit went back to its best "
+                f"and on with half the step size. A smaller lr saves the steps that this cost."
             ),
             stacklevel=4,
         )

@@ -111,8 +111,8 @@ def fit_density(
         device: where to compute.
         dtype: of the computation; that of the data if it is floating, else torch's default.
         progress: whether a bar is shown; None shows it in a terminal or notebook.
-        **options: what the flow's factory takes; without a context those in `OPTIONS`
-            differ from its defaults, which serve inference.
+        **options: what the flow's factory takes. Without a context real_nvp's direction, the clip of maf, and the
+            bound, min_share and min_slope of neural_spline have defaults of their own, which suit data.
 
     Returns:
         The fit: `sample`, `log_prob`, `log_likelihood`, `history`, `config`, `timing`, `save`.

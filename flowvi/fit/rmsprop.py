@@ -9,39 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowvi.fit.adam import CLIP, KEEP
+from flowvi.fit.adam import CLIP, KEEP, FlatMoments
 
 MOMENTUM, DECAY, EPS = 0.9, 0.99, 1e-8
 
 
-class FlatRMSprop:
-    """RMSprop on one vector.
-
-    Args:
-        vector: the parameters, changed in place.
-        grad: their gradient, read at each step.
-
-    Attributes:
-        mean: the running step m, of the vector's shape.
-        square: the running square v.
-        state: float64 (3,): steps taken, running length of the gradient, steps skipped.
-    """
-
-    def __init__(self, vector: Tensor, grad: Tensor) -> None:
-        self.vector, self.grad = vector.detach(), grad
-        self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
-        self.state = torch.zeros(3, dtype=torch.float64, device=vector.device)
-
-    @property
-    def skipped(self) -> int:
-        """Steps that were not taken."""
-        return int(self.state[2])
-
-    def forget(self) -> None:
-        """Start again from here: without moments, but with the number of steps skipped."""
-        self.mean.zero_()
-        self.square.zero_()
-        self.state[:2] = 0
+class FlatRMSprop(FlatMoments):
+    """RMSprop on one vector; the first moment is the running step m, the second the running square v."""
 
     def step(self, lr: float, usable: Tensor | bool = True) -> None:
         """One step of size `lr`, unless the gradient is not finite or `usable` is false."""

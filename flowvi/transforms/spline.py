@@ -14,8 +14,8 @@ e = d_k (1 - r) - d_{k+1} r and R = sqrt(e^2 + 4 s^2 r (1 - r)) + |e|,
     xi = 2 s r / (2 s r + R) where e >= 0,     1 - xi = 2 s (1 - r) / (2 s (1 - r) + R) elsewhere.
 
 Parameters, 3 K - 1 for each coordinate, all of them first multiplied by `DAMPING`: K and K numbers whose softmax gives
-the bins' shares of 2 B in x and in y, each at least `MIN_SHARE` / K; and K - 1 numbers a that give the inner slopes,
-the squareplus (a + sqrt(a^2 + 4)) / 2 above `MIN_SLOPE`. At zero all bins are equal and all slopes 1: the identity.
+the bins' shares of 2 B in x and in y, each at least min_share / K; and K - 1 numbers a that give the inner slopes,
+the squareplus (a + sqrt(a^2 + 4)) / 2 above min_slope. At zero all bins are equal and all slopes 1: the identity.
 The outer slopes are 1, so that y and dy/dx are continuous.
 
 The derivatives are written by hand: the forward pass keeps the Jacobian of (y, log dy/dx) in x and the bin's four
