@@ -12,7 +12,7 @@ from flowvi.diagnostics import Diagnostics
 from flowvi.fit import fit
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import AutoFlow, AutoPlanar, AutoRadial
-from flowvi.objectives import ELBO, AnnealedELBO, BalancedELBO, LinearAnneal, PathELBO
+from flowvi.objectives import ELBO, AnnealedELBO, BalancedELBO, ForwardKL, LinearAnneal, PathELBO
 from flowvi.posterior import History, Posterior
 from flowvi.storage import load
 from flowvi.targets import LogDensity, as_density
@@ -44,6 +44,7 @@ __all__ = [
     "Diagnostics",
     "Flow",
     "FlowSpec",
+    "ForwardKL",
     "History",
     "LinearAnneal",
     "LogDensity",

@@ -285,7 +285,7 @@ class Flow(TransformedDistribution):
         """Draws, their log density and its score in one pass.
 
         The score is carried forward through the layers; no inverse is computed (Vaitl et al. 2024,
-        arXiv:2207.08219).
+        arXiv:2403.15881).
 
         Args:
             num_samples: S.

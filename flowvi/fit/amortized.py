@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
 import sys
 import time
@@ -400,6 +401,12 @@ def _peak(device: torch.device) -> float | None:
     """The most memory that was in use, in MB: the device's, or this process's so far; None where nobody knows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    try:  # ru_maxrss begins at what the parent process held when it started this one; Linux tells this one's own
+        told = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        if told:
+            return int(told[1]) * 1024 / 1e6
+    except OSError:
+        pass
     try:
         import resource
     except ImportError:  # not on Windows

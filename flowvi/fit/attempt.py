@@ -21,7 +21,7 @@ from flowvi.fit.search import search
 from flowvi.fit.whiten import Gaussian, Start, whiten
 from flowvi.flow import Flow, FlowSpec
 from flowvi.mixture import MixtureFlow
-from flowvi.objectives import ELBO, BalancedELBO, LinearAnneal
+from flowvi.objectives import ELBO, BalancedELBO, ForwardKL, LinearAnneal
 from flowvi.targets import LogDensity
 from flowvi.targets.compiling import CompileReport
 from flowvi.transforms.affine import default_rank
@@ -261,10 +261,12 @@ class Trial:
     def _start(self, gaussian: Start | None, offset: int = 0) -> Flow:
         return self.family.start(self.density, gaussian, self.seed + offset, 0 if self.plan.rounds else None)
 
-    def _objective(self, num_steps: int | None) -> ELBO:
-        """The estimator of a run of so many steps; None is one that is not annealed."""
+    def _objective(self, num_steps: int | None, covering: bool = False) -> ELBO:
+        """The estimator of a run of so many steps; None is one that is not annealed. Or that of KL(p || q)."""
         if self.plan.objective is not None:
             return self.plan.objective
+        if covering:
+            return ForwardKL(self.plan.num_particles)
         schedule = None
         if self.anneal and num_steps is not None:
             fraction = max(1, round(ANNEAL_FRACTION * num_steps))
@@ -283,6 +285,7 @@ class Trial:
                 first_steps=FIRST_ANNEALED_STEPS if self.anneal else ROUND_STEPS,
                 annealed=bool(self.anneal),
                 whitened=plan.whiten,
+                covers=plan.whiten and plan.objective is None and flow.has_path_score,
                 seconds=seconds or SECONDS,
                 seed=self.seed,
                 generator=self.generator,

@@ -6,11 +6,12 @@ found gives scales: in x = L^-1 (z - mu) the known mode is a ball of radius one,
 - from x = r u with u uniform on the sphere and r from twice to hundreds of times sqrt(D). From there gradients lead to
   different modes in different directions: of modes of one shape each has its cone, however high D is;
 - from where symmetries would put a copy: a coordinate of z, or all of z, with the other sign, and known modes
-  mirrored in the best one or carried on, a + (a - b).
+  mirrored in the best one or carried on, a + (a - b);
+- from chains at a temperature, which walk into narrow modes (`flowvi.fit.tempering`).
 
 Each climbs by gradient steps whose length adapts. What ended at a known mode, or on a slope that leads to one, is
 dropped; a few that are left become Gaussians by natural gradients, and those with evidence are found.
-What has no such slope towards it, such as a narrow mode in many dimensions, stays unseen.
+A narrow mode in many dimensions stays unseen.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowvi.fit.modes import MIN_SHARE, near
+from flowvi.fit.modes import MIN_SHARE, NEAR, NEAR_PER_ROOT_DIM, near
 from flowvi.fit.paths import paths, straight
+from flowvi.fit.tempering import MAX_DIM, wander
 from flowvi.fit.whiten import Start, ascend
 from flowvi.objectives import Target
 from flowvi.progress import Bar, counting
@@ -99,9 +101,13 @@ def _search(
     known: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float], bar: Bar
 ) -> tuple[Start, ...]:
     found: list[Start] = []
+    best, dim = known[0], len(known[0].loc)
+    reach = NEAR + NEAR_PER_ROOT_DIM * dim**0.5
+    warm = wander(best.loc, best.scale_tril, reach, target, generator) if dim <= MAX_DIM else best.loc.new_empty(0, dim)
     for _ in range(ROUNDS):
         modes = [*known, *found]
-        new = _round(modes, target, generator, radii, bar)
+        new = _round(modes, target, generator, radii, warm, bar)
+        warm = warm[:0]
         found += new
         if not new:
             break
@@ -109,13 +115,19 @@ def _search(
 
 
 def _round(
-    modes: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float], bar: Bar
+    modes: Sequence[Start],
+    target: Target,
+    generator: torch.Generator,
+    radii: Sequence[float],
+    warm: Tensor,
+    bar: Bar,
 ) -> list[Start]:
     best = modes[0]
     root = best.scale_tril
     guesses = _guesses(modes)[:NUM_GUESSES]
     far = _far(NUM_SCOUTS - len(guesses), len(best.loc), generator, radii).to(root)
-    z = torch.cat([best.loc + (far @ root.mT if root.dim() == 2 else far * root), *(g.unsqueeze(0) for g in guesses)])
+    far = best.loc + (far @ root.mT if root.dim() == 2 else far * root)
+    z = torch.cat([far, *(g.unsqueeze(0) for g in guesses), warm])
     z, log_p = _climb(z, best.loc, root, target, bar)
     at_modes, _ = target.value_and_grad(torch.stack([m.loc for m in modes]))
     low = torch.nan_to_num(at_modes, nan=-math.inf).max() - LAG - LAG_PER_DIM * len(best.loc)

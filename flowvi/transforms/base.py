@@ -61,7 +61,7 @@ class InvertibleMap(TorchTransform):
     def forward_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, log|det dy/dx|, and d log q(y)/dy (..., D) from d log q(x)/dx (..., D).
 
-        The path gradient's ingredient (Vaitl et al. 2024, arXiv:2207.08219): s' = J^-T (s - d log|det J|/dx),
+        The path gradient's ingredient (Vaitl et al. 2024, arXiv:2403.15881): s' = J^-T (s - d log|det J|/dx),
         with no inverse pass.
         """
         raise NotImplementedError
