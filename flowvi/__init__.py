@@ -12,7 +12,7 @@ from flowvi.diagnostics import Diagnostics
 from flowvi.fit import fit
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import AutoFlow, AutoPlanar, AutoRadial
-from flowvi.objectives import ELBO, AnnealedELBO, BalancedELBO, ForwardKL, LinearAnneal, PathELBO
+from flowvi.objectives import ELBO, AnnealedELBO, BalancedELBO, CoveringELBO, LinearAnneal, PathELBO
 from flowvi.posterior import History, Posterior
 from flowvi.storage import load
 from flowvi.targets import LogDensity, as_density
@@ -40,11 +40,11 @@ __all__ = [
     "AutoRadial",
     "BalancedELBO",
     "Calibration",
+    "CoveringELBO",
     "DensityFit",
     "Diagnostics",
     "Flow",
     "FlowSpec",
-    "ForwardKL",
     "History",
     "LinearAnneal",
     "LogDensity",

@@ -54,7 +54,7 @@ __all__ = [
 ESS_LIMIT = 0.2  # of the draws, as PSIS weights see them
 NONFINITE_LIMIT = 0.01  # of the draws
 FLAT_WEIGHT = 3.0  # times the mean: where no weight is larger, no tail of them matters
-SHIFT_LIMIT = 0.08  # of a mean in sds, or of an sd relative to itself, beyond two standard errors
+SHIFT_LIMIT = 0.1  # of a mean in sds, or of an sd relative to itself, beyond two standard errors
 MISSED_LIMIT = 0.03  # nats of evidence, beyond three standard errors
 SETTLED = 1.2  # R-hat of the short HMC, below which its chains have forgotten where they began
 _Array = NDArray[np.float64]
@@ -172,7 +172,7 @@ def judge(
 
     - at most 1% of the draws are not finite;
     - the whitening's starts found no evidence that q misses (.03 nats and three standard errors);
-    - the short HMC finds J below `j_limit`, and asks for no shift of a mean or sd beyond .15;
+    - the short HMC finds J below `j_limit`, and asks for no shift of a mean or sd beyond .1;
     - the ELBO is less than `gap_limit` below the log evidence (two standard errors added) and, where log Z is
       known, KL(q || p) is below that too;
     - k-hat is below `khat_limit`, or no weight is above three times the mean; and the ESS is at least 20% of the

@@ -214,7 +214,10 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
         flowvi.AutoFlow.from_posterior,
         {"density": posterior().density, "flow": posterior().flow},
     ),
-    **{n: plain_call(getattr(flowvi, n)) for n in ("ELBO", "PathELBO", "BalancedELBO", "AnnealedELBO", "IWELBO")},
+    **{
+        n: plain_call(getattr(flowvi, n))
+        for n in ("ELBO", "PathELBO", "BalancedELBO", "CoveringELBO", "AnnealedELBO", "IWELBO")
+    },
     "objective.beta": of(flowvi.AnnealedELBO, "beta", step=3),
     "objective.backward": lambda: (flowvi.ELBO(4).backward, {"flow": plain().flow, "target": plain().density}),
     "LinearAnneal": plain_call(flowvi.LinearAnneal),

@@ -78,7 +78,7 @@ def gradients(ranks):
     """Relative differences of the split step from that of one process, and whether the counts are the same."""
     found = {}
     for name in ("planar", "radial", "real_nvp"):
-        for kind in (flowvi.ELBO, flowvi.PathELBO, flowvi.BalancedELBO):
+        for kind in (flowvi.ELBO, flowvi.PathELBO, flowvi.BalancedELBO, flowvi.CoveringELBO):
             if name == "real_nvp" and kind is not flowvi.ELBO:
                 continue
             for bad in (99, 10, 0):  # all finite; all of the last rank's bad; none finite

@@ -81,6 +81,7 @@ def test_path_gradient_is_zero_sample_by_sample_where_q_is_p():
     for seed in range(5):
         assert gradient(flowvi.PathELBO(1), flow, Same(), seed).abs().max() < 1e-9
         assert gradient(flowvi.BalancedELBO(8), flow, Same(), seed).abs().max() < 1e-9
+        assert gradient(flowvi.CoveringELBO(8), flow, Same(), seed).abs().max() < 1e-9
         assert gradient(flowvi.ELBO(1), flow, Same(), seed).abs().max() > 1e-3
 
 
@@ -101,8 +102,26 @@ def test_bad_particles_are_left_out_of_the_mean():
         def value_and_grad(self, z):
             return torch.full((len(z),), -math.inf).to(z), torch.full_like(z, math.nan)
 
-    for objective in (flowvi.PathELBO(8), flowvi.BalancedELBO(8), flowvi.ELBO(8)):
+    for objective in (flowvi.PathELBO(8), flowvi.BalancedELBO(8), flowvi.CoveringELBO(8), flowvi.ELBO(8)):
         assert (gradient(objective, flow, Nothing(), 0) == 0).all()
+
+
+def test_the_covering_gradient_is_that_of_both_divergences():
+    # q = N(m, s^2) by an affine flow, p = N(1, .5^2) with correlation .6: both divergences are known.
+    flow = flowvi.Flow.from_spec(flowvi.FlowSpec("planar", 2, 0, "diag"), loc=0.7, scale=0.6, dtype=F64)
+    loc, log_scale = torch.full((2,), 0.7, dtype=F64), torch.full((2,), 0.6, dtype=F64).log()
+    loc.requires_grad_()
+    log_scale.requires_grad_()
+    forward = (log_scale + (Target.covariance.diagonal() + (1 - loc).square()) / (2 * (2 * log_scale).exp())).sum()
+    precision = torch.linalg.inv(Target.covariance)
+    inside = precision.diagonal() @ (2 * log_scale).exp() + (1 - loc) @ precision @ (1 - loc)
+    kl = 0.75 * forward + 0.25 * (inside / 2 - log_scale.sum())
+    expected = torch.cat(torch.autograd.grad(kl, [loc, log_scale]))
+    assert [name for name, _ in flow.module.named_parameters()] == ["0.loc", "0.log_scale"]
+    draws = torch.stack([gradient(flowvi.CoveringELBO(4000), flow, Target(), s) for s in range(100)])
+    error = draws.std(0) / 10
+    assert ((draws.mean(0) - expected).abs() < 4 * error + 0.002).all()
+    assert (expected.abs() > 20 * error).any()
 
 
 def test_the_log_variance_part_sees_the_masses_of_far_modes(monkeypatch):

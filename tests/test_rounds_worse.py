@@ -49,6 +49,23 @@ def test_the_gaussian_stays_where_every_round_is_worse(monkeypatch):
     assert torch.isfinite(posterior.sample(100)["z"]).all()
 
 
+def test_a_covering_round_that_loses_what_was_there_is_undone(monkeypatch):
+    true, seen = rounds.check, []
+
+    def check(flow, density, generator, **facts):
+        found = true(flow, density, generator, **facts)
+        seen.append(flow)
+        return rounds.replace(found, gap=math.nan) if facts.get("covering") else rounds.replace(found, khat=0.9)
+
+    monkeypatch.setattr(rounds, "check", check)
+    monkeypatch.setattr(rounds, "TAIL", 0.0)
+    posterior = fit(lr=1e-2)
+    kinds = [c["covering"] for c in posterior.config["rounds"]]
+    assert kinds[1:3] == [False, True]
+    assert not any(kinds[3:])  # no second try
+    assert posterior.flow is not seen[2]
+
+
 def test_a_few_draws_that_lose_everything_are_no_noise():
     start = rounds.Check(0, 0, -5.0, 0.01, 0.5, 0.01, 0.6, 0.0)
     wild = rounds.replace(start, num_flows=32, elbo=-2e7, elbo_se=1e7)

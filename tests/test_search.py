@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -52,6 +53,20 @@ def test_a_narrow_mode_among_wide_ones():
     (found,) = search([known], density, torch.Generator().manual_seed(0))
     assert found.loc == pytest.approx(centres[1], abs=0.2)
     assert found.elbo == pytest.approx(-math.log(2), abs=0.1)
+
+
+@pytest.mark.parametrize("apart", [6.0, 10.0, 16.0])
+def test_chains_at_a_temperature_walk_into_a_mode_that_no_slope_leads_to(apart, monkeypatch):
+    # Half as wide in 10 dimensions: uphill from a random direction it is found once in thousands of times.
+    centres = torch.tensor([[0.0] * 10, [apart] + [0.0] * 9])
+    density = mixture(centres, torch.tensor([1.0, 0.5]), torch.tensor([0.7, 0.3]))
+    known = Start(centres[0], torch.eye(10), math.log(0.7))
+    found = [search([known], density, torch.Generator().manual_seed(seed)) for seed in range(3)]
+    for (mode,) in found:
+        assert mode.loc == pytest.approx(centres[1], abs=0.3)
+        assert mode.elbo == pytest.approx(math.log(0.3), abs=0.3)
+    monkeypatch.setattr(importlib.import_module("flowvi.fit.search"), "MAX_DIM", 0)
+    assert not any(search([known], density, torch.Generator().manual_seed(seed)) for seed in range(3))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from flowvi import kernels
 from flowvi.fit.adam import CLIP, FlatAdam, FlatParameters
 from flowvi.fit.steps import TapeStep, make_step
 
-OBJECTIVES = (flowvi.ELBO, flowvi.PathELBO, flowvi.BalancedELBO)
+OBJECTIVES = (flowvi.ELBO, flowvi.PathELBO, flowvi.BalancedELBO, flowvi.CoveringELBO)
 
 
 def away_from_the_start(name, base, dim, dtype):

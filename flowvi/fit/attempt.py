@@ -21,7 +21,7 @@ from flowvi.fit.search import search
 from flowvi.fit.whiten import Gaussian, Start, whiten
 from flowvi.flow import Flow, FlowSpec
 from flowvi.mixture import MixtureFlow
-from flowvi.objectives import ELBO, BalancedELBO, ForwardKL, LinearAnneal
+from flowvi.objectives import ELBO, BalancedELBO, CoveringELBO, LinearAnneal
 from flowvi.targets import LogDensity
 from flowvi.targets.compiling import CompileReport
 from flowvi.transforms.affine import default_rank
@@ -262,11 +262,11 @@ class Trial:
         return self.family.start(self.density, gaussian, self.seed + offset, 0 if self.plan.rounds else None)
 
     def _objective(self, num_steps: int | None, covering: bool = False) -> ELBO:
-        """The estimator of a run of so many steps; None is one that is not annealed. Or that of KL(p || q)."""
+        """The estimator of a run of so many steps; None is one that is not annealed; or that of a covering round."""
         if self.plan.objective is not None:
             return self.plan.objective
         if covering:
-            return ForwardKL(self.plan.num_particles)
+            return CoveringELBO(self.plan.num_particles)
         schedule = None
         if self.anneal and num_steps is not None:
             fraction = max(1, round(ANNEAL_FRACTION * num_steps))

@@ -4,9 +4,9 @@ After each round fresh draws tell how far the ELBO is below the log evidence. Th
 way there a round follows as long as the last one gained, and where it did not, the stack grows by layers that
 start at the identity, so that nothing learnt is lost. A Gaussian that is already the answer gets no layers.
 
-Once the gap is small a round on KL(p || q) (`flowvi.ForwardKL`) comes before more layers: the ELBO forgives what is too
-narrow, and this does not. On eight schools it brought the worst error of an sd from .07 to .03 in
-half a second, and Neal's funnel from a k-hat of .9 to .6.
+Once the gap is small a covering round (`flowvi.CoveringELBO`) comes before more layers: the ELBO forgives what is too
+narrow, and this does not. On eight schools it brought the worst error of an sd from .07 to .03 in half a second, and
+on Neal's funnel k-hat from .9 to .6.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ where its means and sds are within .02 of the truth, and the others above, where
 
 CLOSE = 0.5
 """The gap below which the Gaussian is close enough for annealing to do harm, whatever the starts said; and any q for
-weights to be more signal than noise, so that a round on KL(p || q) pays."""
+weights to be more signal than noise, so that a covering round pays."""
 
 COVERED = 2.0
-"""After such a round the goal is so many times as wide: what is left of the gap is spread evenly, and no sd too small."""
+"""After such a round the goal is so many times as wide: what is left of the gap is spread, and no sd too small."""
 
 TAIL = 0.1
 """A gap below this part of the goal is too small for k-hat to matter."""
@@ -75,7 +75,7 @@ class Check:
         gap_se: its standard error.
         khat: of the importance weights.
         seconds: the round took.
-        covering: whether the round was on KL(p || q).
+        covering: whether it was a covering round.
     """
 
     num_flows: int
@@ -93,7 +93,7 @@ class Check:
         return self.gap + 2 * self.gap_se < goal
 
     def is_enough(self, goal: float) -> bool:
-        """Whether the goal is reached, wider after a round on KL(p || q)."""
+        """Whether the goal is reached, which is wider after a covering round."""
         return self.reaches(COVERED * goal if self.covering else goal)
 
     def has_tail(self, goal: float) -> bool:
@@ -182,12 +182,12 @@ def run_rounds(
         flow: affine alone (K = 0), at its start.
         density: the target.
         make_objective: the number of steps -> the annealed estimator; None -> the one without annealing; and
-            whether it is that of KL(p || q).
+            whether it is that of a covering round.
         lr: the largest step size of the first round.
         first_steps: steps of the first round.
         annealed: whether the first round is annealed; later ones never are.
         whitened: whether the start is the best Gaussian, which may be the answer already.
-        covers: whether there may be rounds on KL(p || q).
+        covers: whether there may be covering rounds.
         seconds: the time limit.
         seed: of the new layers' directions.
         generator: where the randomness comes from.

@@ -102,8 +102,10 @@ def _search(
 ) -> tuple[Start, ...]:
     found: list[Start] = []
     best, dim = known[0], len(known[0].loc)
-    reach = NEAR + NEAR_PER_ROOT_DIM * dim**0.5
-    warm = wander(best.loc, best.scale_tril, reach, target, generator) if dim <= MAX_DIM else best.loc.new_empty(0, dim)
+    warm = best.loc.new_empty(0, dim)
+    if dim <= MAX_DIM:
+        near_by = NEAR + NEAR_PER_ROOT_DIM * dim**0.5
+        warm = wander(best.loc, best.scale_tril, target, generator, reach=near_by, num_temperatures=len(radii))
     for _ in range(ROUNDS):
         modes = [*known, *found]
         new = _round(modes, target, generator, radii, warm, bar)

@@ -14,7 +14,7 @@ from flowvi.fit.adam import FlatParameters
 from flowvi.fit.distributed import ALONE, Ranks, Split
 from flowvi.flow import Flow
 from flowvi.kernels import dispatch
-from flowvi.objectives import BALANCE, BALANCE_FALL, ELBO, BalancedELBO, ForwardKL, Target
+from flowvi.objectives import BALANCE, BALANCE_FALL, ELBO, BalancedELBO, CoveringELBO, Target
 
 _LOG_2PI = math.log(2 * math.pi)
 _PATH = 1  # flowvi.kernels.compiled.training.PATH, without importing numba
@@ -62,7 +62,7 @@ def check_split(objective: ELBO, ranks: Ranks) -> None:
         OptionError: they can't; the message says why.
     """
     kind = type(objective)
-    own = (ELBO.cotangents, BalancedELBO.cotangents, ForwardKL.cotangents)
+    own = (ELBO.cotangents, BalancedELBO.cotangents, CoveringELBO.cotangents)
     if kind.backward is not ELBO.backward or kind.cotangents not in own:
         raise OptionError(
             f"the particles of {kind.__name__} can't be split over ranks, because it has a gradient of its own: "

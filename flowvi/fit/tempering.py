@@ -33,21 +33,30 @@ MAX_DIM = 50
 
 
 @torch.no_grad()
-def wander(loc: Tensor, root: Tensor, reach: float, target: Target, generator: torch.Generator) -> Tensor:
+def wander(
+    loc: Tensor,
+    root: Tensor,
+    target: Target,
+    generator: torch.Generator,
+    *,
+    reach: float,
+    num_temperatures: int = len(TEMPERATURES),
+) -> Tensor:
     """Points from where the way uphill may not lead back to a known mode.
 
     Args:
         loc: the known mode's mean (D,).
         root: its scales, (D, D) or (D,).
-        reach: distance from it, in its own sds, within which a point is back there.
         target: log p and its gradient.
         generator: where the randomness comes from.
+        reach: distance from the known mode, in its own sds, within which a point is back there.
+        num_temperatures: how many of the four are used, the lowest first: how far it goes.
 
     Returns:
         (S, D), with S at most 128; often none.
     """
     dim = len(loc)
-    heat = loc.new_tensor(TEMPERATURES).repeat_interleave(CHAINS)
+    heat = loc.new_tensor(TEMPERATURES[:num_temperatures]).repeat_interleave(CHAINS)
     full = root.dim() == 2
 
     def at(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,4 +117,4 @@ def wander(loc: Tensor, root: Tensor, reach: float, target: Target, generator: t
 
 def _by_temperature(x: Tensor) -> Tensor:
     """Each chain's value replaced by the mean of its temperature's."""
-    return x.view(len(TEMPERATURES), CHAINS).mean(1).repeat_interleave(CHAINS)
+    return x.view(-1, CHAINS).mean(1).repeat_interleave(CHAINS)
