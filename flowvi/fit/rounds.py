@@ -101,6 +101,49 @@ class Check:
         return not self.khat < khat_limit(NUM_DRAWS) and self.gap > TAIL * goal
 
 
+@dataclass(frozen=True)
+class Round:
+    """What is to be done in one.
+
+    Attributes:
+        num_flows: K.
+        num_steps: steps, if the time allows them.
+        lr: the largest step size.
+        covering: 0 on the ELBO; 1 for a covering round, 2 for the second one in a row.
+    """
+
+    num_flows: int
+    num_steps: int
+    lr: float
+    covering: int = 0
+
+
+def following(this: Round, last: Check, *, learning: bool, covers: bool, goal: float, lr: float) -> Round | str:
+    """The round that follows, or why none does.
+
+    Args:
+        this: the one that was made.
+        last: the check of what came of it.
+        learning: whether it gained so much that more steps are the next thing to try.
+        covers: whether there may be covering rounds.
+        goal: the gap, in nats, that is small enough.
+        lr: the largest step size of the first round.
+    """
+    covers = covers and last.reaches(CLOSE)
+    mendable = covers and last.has_tail(goal) and this.covering < 2
+    if last.is_enough(goal) and not mendable:
+        return f"the gap to the log evidence, {last.gap:.2g} nats, is small enough"
+    if this.covering and last.is_enough(goal):
+        return replace(this, num_steps=2 * this.num_steps, covering=2)
+    if covers and not this.covering:
+        return replace(this, num_steps=max(CLOSE_STEPS, this.num_steps // 2), lr=this.lr / 2, covering=1)
+    if learning and not this.covering:
+        return replace(this, num_steps=2 * this.num_steps, lr=this.lr * LR_FALL)
+    if this.num_flows < MAX_FLOWS:
+        return Round(min(this.num_flows * GROW, MAX_FLOWS), max(2 * ROUND_STEPS, this.num_steps), lr / 2)
+    return "more layers and more steps gain nothing"
+
+
 @torch.no_grad()
 def check(
     flow: Flow,
@@ -204,8 +247,8 @@ def run_rounds(
     record = Record(elbo=torch.empty(0, dtype=torch.float64))
     best: tuple[Check, Flow] | None = None
     gaussian, worse = flow, 0
-    covering = covering_again = False  # this round, and whether it is the second such one of so many layers
     saved = None if checkpoint is None else checkpoint.take(ROUNDS)
+    this = Round(FIRST, first_steps, lr)
     if checkpoint is not None and saved is not None:
         with checkpoint.reading():
             start -= saved["seconds"]
@@ -214,19 +257,16 @@ def run_rounds(
             if saved["best"] is not None:
                 best = checks[saved["best"]["check"]], grow(flow, saved["best"]["num_flows"], seed)
                 best[1].load_state_dict(saved["best"]["flow"])
-            num_flows = int(saved["num_flows"])
-            covering, covering_again, covers = map(bool, saved["covering"])
-    else:
-        num_flows = FIRST
-        if whitened:
-            checks.append(ranks.same(check(flow, density, generator, num_steps=0, seconds=0.0)))
-            if checks[0].reaches(GAUSSIAN_GOAL_PER_DIM * flow.dim):
-                record.stopped = "the Gaussian is the answer"
-                return flow, record, checks
-    if whitened and checks[0].reaches(CLOSE):
-        annealed, first_steps = False, CLOSE_STEPS
-    flow = grow(flow, num_flows, seed)
-    num_steps, step_lr = first_steps, lr
+            this, covers, lr, worse = Round(**saved["round"]), saved["covers"], saved["lr"], saved["worse"]
+    elif whitened:
+        checks.append(ranks.same(check(flow, density, generator, num_steps=0, seconds=0.0)))
+        if checks[0].reaches(GAUSSIAN_GOAL_PER_DIM * flow.dim):
+            record.stopped = "the Gaussian is the answer"
+            return flow, record, checks
+        if checks[0].reaches(CLOSE):
+            this = replace(this, num_steps=CLOSE_STEPS)
+    annealed = annealed and not (whitened and checks[0].reaches(CLOSE))
+    flow = grow(flow, this.num_flows, seed)
 
     def state() -> dict[str, Any]:
         kept = None
@@ -237,8 +277,10 @@ def run_rounds(
             "checks": as_plain(checks),
             "record": record.to_dict(),
             "best": kept,
-            "num_flows": num_flows,
-            "covering": [covering, covering_again, covers],
+            "round": asdict(this),
+            "covers": covers,
+            "lr": lr,
+            "worse": worse,
             "seconds": time.perf_counter() - start,
         }
 
@@ -246,6 +288,7 @@ def run_rounds(
         checkpoint.keep(ROUNDS, state)
     try:
         while True:
+            covering = this.covering > 0
             schedule = saved_schedule(checkpoint)
             if schedule is None:
                 cost = seconds_per_step(flow, density, make_objective(None, covering), generator=generator, ranks=ranks)
@@ -254,22 +297,22 @@ def run_rounds(
                     gap = checks[0].gap if best is None else best[0].gap
                     record.stopped = f"the time limit of {seconds:g} s, at a gap of {gap:.2g} nats"
                     break
-                schedule = Schedule(max(MIN_STEPS, min(num_steps, fitting)), step_lr)
-            num_steps, step_lr = schedule.num_steps, schedule.lr
+                schedule = Schedule(max(MIN_STEPS, min(this.num_steps, fitting)), this.lr)
+            this = replace(this, num_steps=schedule.num_steps, lr=schedule.lr)
             seen = optimize(
                 flow,
                 density,
-                make_objective(num_steps if annealed and best is None and not worse else None, covering),
+                make_objective(this.num_steps if annealed and best is None and not worse else None, covering),
                 schedule,
                 generator=generator,
                 progress=progress,
-                description=f"planar K={num_flows}" + (", tails" if covering else ""),
+                description=f"planar K={this.num_flows}" + (", tails" if covering else ""),
                 checkpoint=checkpoint,
                 ranks=ranks,
             )
             record.extend(seen)
             found = ranks.same(
-                check(flow, density, generator, num_steps=num_steps, seconds=seen.seconds, covering=covering)
+                check(flow, density, generator, num_steps=this.num_steps, seconds=seen.seconds, covering=covering)
             )
             checks.append(found)
             before = best[0] if best is not None else checks[0] if whitened else None
@@ -278,46 +321,33 @@ def run_rounds(
                 if worse > MAX_WORSE:
                     record.stopped = "the steps that were tried make it worse"
                     break
-                step_lr = min(step_lr / 4, lr)
-                flow = grow(gaussian if best is None else best[1], num_flows, seed + worse)
+                this = replace(this, lr=min(this.lr / 4, lr))
+                flow = grow(gaussian if best is None else best[1], this.num_flows, seed + worse)
                 continue
-            gain = math.inf if best is None else found.elbo - best[0].elbo
-            noise = 0.0 if best is None else math.hypot(found.elbo_se, best[0].elbo_se)
-            if covering:
-                assert best is not None
-                covers = found.gap < best[0].gap + max(0.5 * best[0].gap, 2 * noise)  # never with a NaN
-                best = (found, flow) if covers else best
-            elif best is None or not gain < 0:  # keep the better one; a NaN is not better
-                best = (found, flow) if best is None or math.isfinite(found.elbo) else best
+            learning = False
+            if best is None:
+                best = found, flow
+            else:
+                gain, noise = found.elbo - best[0].elbo, math.hypot(found.elbo_se, best[0].elbo_se)
+                if covering:
+                    covers = kept = found.gap < best[0].gap + max(0.5 * best[0].gap, 2 * noise)  # never with a NaN
+                else:
+                    kept = (
+                        math.isfinite(found.elbo) and not gain < 0
+                    )  # a NaN is not better, and anything better than it
+                    learning = gain > max(2 * noise, 0.2 * found.gap)
+                best = (found, flow) if kept else best
             if seen.stopped == "interrupted":
                 record.stopped = "interrupted"
                 break
             last = best[0] if covering else found
-            mendable = covers and last.has_tail(goal) and not (covering and covering_again)
-            if last.is_enough(goal) and not mendable:
-                record.stopped = f"the gap to the log evidence, {last.gap:.2g} nats, is small enough"
+            after = following(this, last, learning=learning, covers=covers, goal=goal, lr=lr)
+            if isinstance(after, str):
+                record.stopped = after
                 break
-            if covering and mendable and last.is_enough(goal):
-                covering_again, num_steps = True, 2 * num_steps
-                flow = grow(best[1], num_flows, seed)  # a copy, so that a round that fails can be undone
-                continue
-            if covers and not covering and best[0].reaches(CLOSE):
-                covering, covering_again = True, False
-                num_steps, step_lr = max(CLOSE_STEPS, num_steps // 2), step_lr / 2
-                flow = grow(best[1], num_flows, seed)
-                continue
-            learning = gain > max(2 * noise, 0.2 * found.gap) and best[0] is found and not math.isinf(gain)
-            if learning and not covering:
-                num_steps, step_lr = 2 * num_steps, step_lr * LR_FALL
-                flow = grow(best[1], num_flows, seed)
-            elif num_flows < MAX_FLOWS:
-                num_flows = min(num_flows * GROW, MAX_FLOWS)
-                num_steps, step_lr = max(2 * ROUND_STEPS, num_steps), lr / 2
-                flow = grow(best[1], num_flows, seed + num_flows)
-                covering = False
-            else:
-                record.stopped = "more layers and more steps gain nothing"
-                break
+            # a copy, so that a round that fails can be undone
+            flow = grow(best[1], after.num_flows, seed + (after.num_flows if after.num_flows > this.num_flows else 0))
+            this = after
     except KeyboardInterrupt:  # between the loops
         record.stopped = "interrupted"
     finally:

@@ -1,4 +1,4 @@
-"""Rounds whose steps are too large: made again with smaller ones, and never returned in place of a better start."""
+"""Rounds: which one follows; those that make it worse are made again or undone, and never returned."""
 
 from __future__ import annotations
 
@@ -64,6 +64,35 @@ def test_a_covering_round_that_loses_what_was_there_is_undone(monkeypatch):
     assert kinds[1:3] == [False, True]
     assert not any(kinds[3:])  # no second try
     assert posterior.flow is not seen[2]
+
+
+GOAL = 0.015
+
+
+@pytest.mark.parametrize(
+    ("this", "gap", "khat", "learning", "covers", "expected"),
+    [
+        ((32, 1000, 0.04, 0), 0.01, 0.5, False, True, "small enough"),
+        ((32, 1000, 0.04, 0), 0.01, 0.9, False, True, (32, 500, 0.02, 1)),  # the tail is not
+        ((32, 1000, 0.04, 0), 0.01, 0.9, False, False, "small enough"),  # and can't be mended
+        ((32, 1000, 0.04, 0), 0.001, 0.9, False, True, "small enough"),  # or is nothing
+        ((32, 1000, 0.04, 0), 0.2, 0.5, True, True, (32, 500, 0.02, 1)),
+        ((32, 1000, 0.04, 0), 0.2, 0.5, True, False, (32, 2000, 0.04 / 2**0.5, 0)),
+        ((32, 1000, 0.04, 0), 0.7, 0.5, False, True, (128, 2000, 0.02, 0)),  # too far for weights
+        ((32, 500, 0.02, 1), 0.02, 0.5, False, True, "small enough"),
+        ((32, 500, 0.02, 1), 0.02, 0.9, False, True, (32, 1000, 0.02, 2)),
+        ((32, 1000, 0.02, 2), 0.02, 0.9, False, True, "small enough"),
+        ((32, 500, 0.02, 1), 0.2, 0.9, True, True, (128, 2000, 0.02, 0)),
+        ((512, 2000, 0.02, 1), 0.2, 0.9, False, True, "gain nothing"),
+    ],
+)
+def test_which_round_follows(this, gap, khat, learning, covers, expected):
+    last = rounds.Check(this[0], this[1], -5.0, 0.01, gap, 0.0, khat, 0.0, covering=this[3] > 0)
+    found = rounds.following(rounds.Round(*this), last, learning=learning, covers=covers, goal=GOAL, lr=0.04)
+    if isinstance(expected, str):
+        assert expected in found
+    else:
+        assert found == rounds.Round(*expected)
 
 
 def test_a_few_draws_that_lose_everything_are_no_noise():
