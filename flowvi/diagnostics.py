@@ -55,6 +55,7 @@ ESS_LIMIT = 0.2  # of the draws, as PSIS weights see them
 NONFINITE_LIMIT = 0.01  # of the draws
 FLAT_WEIGHT = 3.0  # times the mean: where no weight is larger, no tail of them matters
 SHIFT_LIMIT = 0.1  # of a mean in sds, or of an sd relative to itself, beyond two standard errors
+UNSURE = 0.1  # a standard error of an sd's ratio so large comes from a few far draws, and is twice as uncertain
 MISSED_LIMIT = 0.03  # nats of evidence, beyond three standard errors
 SETTLED = 1.2  # R-hat of the short HMC, below which its chains have forgotten where they began
 _Array = NDArray[np.float64]
@@ -83,7 +84,7 @@ class Diagnostics:
         j: The symmetric KL divergence by the short HMC, and `j_se`; None where it was not run.
         shift: The largest shift of a mean that the short HMC asks for, in sds, beyond two standard errors; and
             `shift_site` where. 0 where there is none.
-        stretch: The same for an sd: how far its ratio is from 1 beyond two standard errors; and `stretch_site`.
+        stretch: The same for an sd: how far its ratio is from 1 beyond its noise; and `stretch_site`.
         missed: Log evidence by all starts of the whitening, or with what a search found beside q, minus `log_evidence`,
             and `missed_se`; None where there is neither.
         kl: KL(q || p) = log Z - ELBO, where the target's normalizer is known, and `kl_se`. A missed mode does
@@ -271,7 +272,8 @@ def _estimates(log_w: _Array, finite: NDArray[np.bool_]) -> dict[str, float]:
 def _moves(moved: ShortRun, name: Callable[[int], str]) -> dict[str, Any]:
     """J, and the worst shift and stretch beyond two standard errors, with their places."""
     shift = (moved.mean_shift.abs() - 2 * moved.mean_shift_se).clamp_min(0).nan_to_num(nan=np.inf)
-    stretch = ((moved.sd_ratio - 1).abs() - 2 * moved.sd_ratio_se).clamp_min(0).nan_to_num(nan=np.inf)
+    noise = 2 * moved.sd_ratio_se * (1 + moved.sd_ratio_se / UNSURE)
+    stretch = ((moved.sd_ratio - 1).abs() - noise).clamp_min(0).nan_to_num(nan=np.inf)
     return {
         "j": moved.j,
         "j_se": moved.j_se,

@@ -44,7 +44,7 @@ CLOSE = 0.5
 """The gap below which the Gaussian is close enough for annealing to do harm, whatever the starts said; and any q for
 weights to be more signal than noise, so that a covering round pays."""
 
-COVERED = 2.0
+COVERED = 2.5
 """After such a round the goal is so many times as wide: what is left of the gap is spread, and no sd too small."""
 
 TAIL = 0.1
@@ -136,7 +136,7 @@ def following(this: Round, last: Check, *, learning: bool, covers: bool, goal: f
     if this.covering and last.is_enough(goal):
         return replace(this, num_steps=2 * this.num_steps, covering=2)
     if covers and not this.covering:
-        return replace(this, num_steps=max(CLOSE_STEPS, this.num_steps // 2), lr=this.lr / 2, covering=1)
+        return replace(this, num_steps=max(CLOSE_STEPS, this.num_steps // 2), lr=this.lr / 4, covering=1)
     if learning and not this.covering:
         return replace(this, num_steps=2 * this.num_steps, lr=this.lr * LR_FALL)
     if this.num_flows < MAX_FLOWS:
