@@ -13,6 +13,9 @@ of q are handed to a short HMC in the flow's coordinates too (`flowvi.short_run`
 
 - J = KL(q || p) + KL(p || q), and by how much each mean and sd would have to move.
 
+The weights say the same of means and sds, as far as k-hat lets them. Each of the two finds what the other doesn't:
+chains don't cross between modes, and weights know no tail that was not drawn.
+
 **A far mode that neither draws nor chains reach shows in none of them**; only a known normalizer, or another
 start, tells. So the evidence by importance sampling from all of the whitening's starts is compared with that by q; for
 a fit that was not whitened, the evidence with what a search found beside q's draws:
@@ -85,6 +88,7 @@ class Diagnostics:
         shift: The largest shift of a mean that the short HMC asks for, in sds, beyond two standard errors; and
             `shift_site` where. 0 where there is none.
         stretch: The same for an sd: how far its ratio is from 1 beyond its noise; and `stretch_site`.
+        reweighted: The largest such change of a mean or sd that the importance weights ask for; and `reweighted_site`.
         missed: Log evidence by all starts of the whitening, or with what a search found beside q, minus `log_evidence`,
             and `missed_se`; None where there is neither.
         kl: KL(q || p) = log Z - ELBO, where the target's normalizer is known, and `kl_se`. A missed mode does
@@ -110,6 +114,8 @@ class Diagnostics:
     shift_site: str = ""
     stretch: float = 0.0
     stretch_site: str = ""
+    reweighted: float = 0.0
+    reweighted_site: str = ""
     missed: float | None = None
     missed_se: float | None = None
     kl: float | None = None
@@ -163,6 +169,7 @@ def judge(
     *,
     dim: int,
     log_normalizer: float | None = None,
+    z: _Array | None = None,
     moved: ShortRun | None = None,
     starts_evidence: tuple[float, float] | None = None,
     name: Callable[[int], str] = "z[{}]".format,
@@ -173,7 +180,8 @@ def judge(
 
     - at most 1% of the draws are not finite;
     - the whitening's starts found no evidence that q misses (.03 nats and three standard errors);
-    - the short HMC finds J below `j_limit`, and asks for no shift of a mean or sd beyond .1;
+    - the short HMC finds J below `j_limit`;
+    - neither it nor, with k-hat below 1, the weights ask for a shift of a mean or sd beyond .1;
     - the ELBO is less than `gap_limit` below the log evidence (two standard errors added) and, where log Z is
       known, KL(q || p) is below that too;
     - k-hat is below `khat_limit`, or no weight is above three times the mean; and the ESS is at least 20% of the
@@ -188,6 +196,7 @@ def judge(
         log_q: Log density of the flow at the draws (S,).
         dim: D, which sets the limit of the gap.
         log_normalizer: The target's log Z where it is known.
+        z: The draws (S, D); without them the weights say nothing of means and sds.
         moved: What the short HMC found, where it was run.
         starts_evidence: The log evidence by all starts of the whitening or with what a search found, and its error.
         name: What to call a coordinate of z.
@@ -226,6 +235,8 @@ def judge(
         log_w[finite] = log_p[finite] - log_q[finite]
         numbers.update(_estimates(log_w, finite))
         smoothed, khat = psis(log_w)
+        if z is not None and khat < 1:
+            numbers |= _reweighted(z, np.exp(smoothed), name)
         ess = float(1 / np.exp(2 * smoothed).sum())
         flat = bool(log_w.max() - numbers["log_evidence"] < np.log(FLAT_WEIGHT))
     numbers |= {
@@ -272,8 +283,7 @@ def _estimates(log_w: _Array, finite: NDArray[np.bool_]) -> dict[str, float]:
 def _moves(moved: ShortRun, name: Callable[[int], str]) -> dict[str, Any]:
     """J, and the worst shift and stretch beyond two standard errors, with their places."""
     shift = (moved.mean_shift.abs() - 2 * moved.mean_shift_se).clamp_min(0).nan_to_num(nan=np.inf)
-    noise = 2 * moved.sd_ratio_se * (1 + moved.sd_ratio_se / UNSURE)
-    stretch = ((moved.sd_ratio - 1).abs() - noise).clamp_min(0).nan_to_num(nan=np.inf)
+    stretch = ((moved.sd_ratio - 1).abs() - _noise(moved.sd_ratio_se)).clamp_min(0).nan_to_num(nan=np.inf)
     return {
         "j": moved.j,
         "j_se": moved.j_se,
@@ -282,6 +292,26 @@ def _moves(moved: ShortRun, name: Callable[[int], str]) -> dict[str, Any]:
         "stretch": float(stretch.max()),
         "stretch_site": name(int(stretch.argmax())),
     }
+
+
+def _noise(se: Any) -> Any:
+    """Two standard errors of an sd's ratio, and more where the error is large, and so not known itself."""
+    return 2 * se * (1 + se / UNSURE)
+
+
+def _reweighted(z: _Array, weights: _Array, name: Callable[[int], str]) -> dict[str, Any]:
+    """The largest change of a mean, in sds, or of an sd that normalized weights (S,) ask for, beyond its noise."""
+    fine = np.isfinite(z).all(1)
+    z, weights = z[fine], weights[fine]
+    excess = (weights - 1 / len(z))[:, None]
+    mean, sd = z.mean(0), z.std(0).clip(1e-300)
+    x = (z - mean) / sd
+    shift = np.abs((excess * x).sum(0)) - 2 * np.sqrt(((excess * x) ** 2).sum(0))
+    around = (x - (weights[:, None] * x).sum(0)) ** 2
+    ratio = np.sqrt((weights[:, None] * around).sum(0))
+    ratio_se = np.sqrt(((excess * (x**2 - 1)) ** 2).sum(0)) / 2
+    change = np.nan_to_num(np.maximum(shift, np.abs(ratio - 1) - _noise(ratio_se)), nan=np.inf)
+    return {"reweighted": float(max(change.max(), 0.0)), "reweighted_site": name(int(change.argmax()))}
 
 
 def _verdict(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bool, str]:
@@ -302,6 +332,11 @@ def _verdict(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bo
         )
     if d.j is not None and d.j_se is not None:
         bad += _bad_moves(d, j_limit(dim))
+    if not d.reweighted < SHIFT_LIMIT:
+        bad.append(
+            f"The importance weights move the mean of {d.reweighted_site}, in sds, or change its sd by more than "
+            f"{d.reweighted:.0%}: resample() takes the draws there, as far as k-hat lets it; a longer fit does too."
+        )
     quiet = settled and not bad  # then the weights have no veto: k-hat refuses a third of the right ones
     if not d.nonfinite_fraction <= NONFINITE_LIMIT:
         bad.append(

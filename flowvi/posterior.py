@@ -266,6 +266,7 @@ class Posterior:
                 log_q.cpu().numpy(),
                 dim=self.density.dim,
                 log_normalizer=self.density.log_normalizer,
+                z=z.double().cpu().numpy(),
                 moved=self._short_run(generator) if hmc and log_p.isfinite().any() else None,
                 starts_evidence=starts,
                 name=self.density.coordinate_name,

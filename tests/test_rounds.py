@@ -73,10 +73,10 @@ GOAL = 0.015
     ("this", "gap", "khat", "learning", "covers", "expected"),
     [
         ((32, 1000, 0.04, 0), 0.01, 0.5, False, True, "small enough"),
-        ((32, 1000, 0.04, 0), 0.01, 0.9, False, True, (32, 500, 0.02, 1)),  # the tail is not
+        ((32, 1000, 0.04, 0), 0.01, 0.9, False, True, (32, 500, 0.01, 1)),  # the tail is not
         ((32, 1000, 0.04, 0), 0.01, 0.9, False, False, "small enough"),  # and can't be mended
         ((32, 1000, 0.04, 0), 0.001, 0.9, False, True, "small enough"),  # or is nothing
-        ((32, 1000, 0.04, 0), 0.2, 0.5, True, True, (32, 500, 0.02, 1)),
+        ((32, 1000, 0.04, 0), 0.2, 0.5, True, True, (32, 500, 0.01, 1)),
         ((32, 1000, 0.04, 0), 0.2, 0.5, True, False, (32, 2000, 0.04 * rounds.LR_FALL, 0)),
         ((32, 1000, 0.04, 0), 0.7, 0.5, False, True, (128, 2000, 0.02, 0)),  # too far for weights
         ((32, 500, 0.02, 1), 0.02, 0.5, False, True, "small enough"),
