@@ -142,8 +142,9 @@ def _notes(config: Config) -> list[str]:
         "model, which broadcasts over particles.",
         "slope: least squares through the larger half of a sweep's sizes, in logarithms.",
         "start: a new process for each number; the first step is a fit of one step, after the import, with compiled "
-        "kernels in the disk cache.",
-        "No amortized flow is among the cases.",
+        "kernels in the disk cache, and byte code written, as it is where pip installed.",
+        "amortized: the paper's model of images (784 pixels, 40 latents, 400 maxout units of 4), the parameters of a "
+        "datum's K layers from 64 hidden units; beside it the same step with K = 0.",
     ]
     if absent:
         notes.insert(-1, f"Not installed, so left out: {', '.join(absent)} (pip install 'flowvi[peers]').")

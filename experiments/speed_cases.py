@@ -7,16 +7,20 @@ else the machine does meets all of them alike; a ratio is the median over rounds
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from tqdm import tqdm
 
@@ -26,7 +30,10 @@ from experiments.posteriors import eight_schools
 from experiments.speed_peers import Run, energy
 from flowvi import kernels
 from flowvi.fit.adam import FlatAdam, FlatParameters
+from flowvi.fit.amortized_step import AmortizedStep, learnt_parameters
+from flowvi.fit.batches import Batches
 from flowvi.fit.steps import make_step
+from flowvi.models import DLGM
 from flowvi.objectives import ELBO, BalancedELBO
 from flowvi.targets import LogDensity
 from flowvi.threads import one_thread_if_small
@@ -36,6 +43,8 @@ SCHOOLS = {
     "sigma": (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0),
 }
 """Rubin 1981, "Estimation in parallel randomized experiments", table 1."""
+
+AFFINE, NECK = "flowvi, K 0", 64
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class Config:
     couplings: tuple[tuple[str, int, int, int], ...] = (("real_nvp", 10, 256, 8), ("neural_spline", 10, 256, 4))
     schools: tuple[int, int, float] | None = (256, 16, 15)
     """S and K of the step on eight schools, and the aim."""
+    amortized: tuple[int, int, float] | None = (100, 80, 1 / 1.3)
+    """Batch size and K of the step with layers of each datum's own, and the aim against K = 0."""
     sweep_k: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     sweep_d: tuple[int, ...] = (2, 4, 8, 30, 100, 300, 1000)
     sweep_s: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
@@ -139,6 +150,31 @@ def flowvi_step(spec: flowvi.FlowSpec, target: Any, num_particles: int, seed: in
             for _ in range(n):
                 num, _ = step(1.0, generator)
                 adam.step(speed_peers.LR, num > 0)
+
+    return run
+
+
+def amortized_step(batch_size: int, num_flows: int, seed: int) -> Run:
+    """One step of `flowvi.fit(encoder=...)` on the paper's model of images, with K layers of each datum's own."""
+    torch.manual_seed(seed)
+    dlgm = DLGM(784, 40, 400, 4, "bernoulli")
+    data = Batches.of(((torch.rand(10 * batch_size, 784) < 0.13).float(),), {}, None)
+    options: dict[str, Any] = {"hidden_dims": (NECK,)} if num_flows else {}
+    guide = flowvi.AmortizedGuide(dlgm.model, dlgm.encoder(), "planar", num_flows, **options)
+    first = data.minibatch(0, batch_size, seed)
+    guide(*first[0], **first[1])
+    step = AmortizedStep(dlgm.model, guide, flowvi.PathELBO(1), first, data)
+    flat = FlatParameters(learnt_parameters(dlgm.model, guide, first))
+    adam = FlatAdam(flat.vector, flat.grad)
+    turns = itertools.count()
+
+    def run(n: int) -> None:
+        with pyro.validation_enabled(False):
+            for _ in range(n):
+                flat.grad.zero_()
+                loss = step(data.minibatch(next(turns), batch_size, seed))
+                loss.surrogate.backward()
+                adam.step(speed_peers.LR, loss.elbo.isfinite())
 
     return run
 
@@ -266,6 +302,15 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
     if config.schools is not None and "pyro" in peers:
         size, k, aim = config.schools
         yield what("model", "eight schools", 10, size, k), config.rounds, {"pyro": aim}, lambda: _schools(config)
+    if config.amortized is not None:
+        size, k, aim = config.amortized
+        runs = {"flowvi": partial(amortized_step, size, k), AFFINE: partial(amortized_step, size, 0)}
+        yield (
+            what("step", "amortized planar, with its networks", 40, size, k),
+            config.rounds,
+            {AFFINE: aim},
+            lambda: {who: make(config.seed) for who, make in runs.items()},
+        )
     for k in config.sweep_k:
         yield what("sweep", "K", 2, 256, k), config.sweep_rounds, {}, planar(2, 256, k)
     for dim in config.sweep_d:
@@ -301,17 +346,20 @@ def _import(name: str) -> str:
 
 
 def starts(config: Config, progress: bool = True) -> list[Row]:
-    """Imports and the first step, each in new processes, one after the other."""
+    """Imports and the first step, each in new processes, one after the other; with byte code, as it is installed."""
     if config.start_rounds < 1:
         return []
     scripts = {"flowvi": _import("flowvi"), "pyro": _import("pyro"), "first step": _FIRST_STEP}
     took: dict[str, list[float]] = {who: [] for who in scripts}
     rounds: Iterable[int] = range(config.start_rounds + 1)  # the first fills the caches
-    for turn in tqdm(rounds, desc="speed, starts", disable=not progress, unit="round"):
-        for who, script in scripts.items():
-            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-            if turn:
-                took[who].append(float(done.stdout))
+    with tempfile.TemporaryDirectory() as folder:
+        told = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPYCACHEPREFIX": folder}
+        for turn in tqdm(rounds, desc="speed, starts", disable=not progress, unit="round"):
+            for who, script in scripts.items():
+                call = [sys.executable, "-c", script]
+                done = subprocess.run(call, capture_output=True, text=True, check=True, env=told)
+                if turn:
+                    took[who].append(float(done.stdout))
     what: Row = {"threads": "all", "group": "start", "D": None, "S": None, "K": None}
     imports = Times({who: np.array(took[who]) for who in ("flowvi", "pyro")})
     rows = [imports.row("flowvi", case="import", **what), imports.row("pyro", 1 / 1.1, case="import", **what)]
