@@ -69,6 +69,29 @@ def test_chains_at_a_temperature_walk_into_a_mode_that_no_slope_leads_to(apart, 
     assert not any(search([known], density, torch.Generator().manual_seed(seed)) for seed in range(3))
 
 
+def test_chains_at_a_temperature_ask_no_more_than_the_target_is_worth(monkeypatch):
+    class Counted:
+        path, calls = "callable", 0
+
+        def __init__(self, num_data):
+            self.observed = {"y": torch.zeros(num_data)}
+
+        def value_and_grad(self, z):
+            self.calls += len(z)
+            return -0.5 * z.square().sum(1), -z
+
+    def asked(num_data, path="callable"):
+        target = Counted(num_data)
+        target.path = path
+        search([Start(torch.zeros(10), torch.eye(10), 0.0)], target, torch.Generator().manual_seed(0))
+        return target.calls
+
+    few, many, most = asked(8), asked(1000), asked(10**6)
+    assert few > 2 * many > 4 * most
+    assert many * 1000 < 3e8
+    assert asked(8, "eager") < most < 30_000  # a model that is run particle by particle is too dear for it
+
+
 @pytest.mark.parametrize(
     "energy", [flowvi.energies.Funnel(4), flowvi.energies.Banana(3), flowvi.energies.StudentT(6)], ids=repr
 )

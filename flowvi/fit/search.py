@@ -103,9 +103,16 @@ def _search(
     found: list[Start] = []
     best, dim = known[0], len(known[0].loc)
     warm = best.loc.new_empty(0, dim)
-    if dim <= MAX_DIM:
-        near_by = NEAR + NEAR_PER_ROOT_DIM * dim**0.5
-        warm = wander(best.loc, best.scale_tril, target, generator, reach=near_by, num_temperatures=len(radii))
+    if dim <= MAX_DIM and getattr(target, "path", None) != "eager":
+        warm = wander(
+            best.loc,
+            best.scale_tril,
+            target,
+            generator,
+            reach=NEAR + NEAR_PER_ROOT_DIM * dim**0.5,
+            num_data=sum(value.numel() for value in getattr(target, "observed", {}).values()),
+            num_temperatures=len(radii),
+        )
     for _ in range(ROUNDS):
         modes = [*known, *found]
         new = _round(modes, target, generator, radii, warm, bar)

@@ -11,6 +11,8 @@ Source: Neal (1996), "Sampling from multimodal distributions using tempered tran
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ TEMPERATURES = (4.0, 10.0, 25.0, 60.0)
 CHAINS = 64  # at each temperature
 LOOKS, LEAST_LOOKS, MOST_LOOKS = 32, 6, 256  # in 7 dimensions, and bounds elsewhere: each doubles what is needed
 HOPELESS_DIM = 17  # from where on more looks don't help
+MOST_WORK = (
+    2e8  # data points whose density is asked for: by their number and not by the clock, so that bits are the same
+)
 TRAJECTORIES, LEAPS = 2, 3
 STEP, MOST_STEP = 0.6, 0.9  # of a leap, in sds at the chain's temperature
 COOL_STEPS = 4  # uphill, after which a chain from a known mode's basin is back there where it is nearly Gaussian
@@ -40,6 +45,7 @@ def wander(
     generator: torch.Generator,
     *,
     reach: float,
+    num_data: int = 0,
     num_temperatures: int = len(TEMPERATURES),
 ) -> Tensor:
     """Points from where the way uphill may not lead back to a known mode.
@@ -50,6 +56,7 @@ def wander(
         target: log p and its gradient.
         generator: where the randomness comes from.
         reach: distance from the known mode, in its own sds, within which a point is back there.
+        num_data: data points behind log p: with many of them there are fewer looks.
         num_temperatures: how many of the four are used, the lowest first: how far it goes.
 
     Returns:
@@ -75,44 +82,74 @@ def wander(
     for _ in range(6):  # nearer to the known mode, until it is finite
         x = torch.where(log_p.isfinite()[:, None], x, 0.5 * x)
         log_p, pull = at(x)
+    here = _Points(x, log_p, pull)
     step = torch.full_like(heat, STEP)
+    calls = TRAJECTORIES * LEAPS + COOL_STEPS
+    affordable = MOST_WORK / (calls * len(heat) * max(1, num_data))
+    needed = LOOKS if dim >= HOPELESS_DIM else round(LOOKS * 2.0 ** (dim - 7))
+    looks = max(LEAST_LOOKS, int(min(MOST_LOOKS, needed, affordable)))
     found: list[Tensor] = []
-    looks = LOOKS if dim >= HOPELESS_DIM else max(LEAST_LOOKS, min(MOST_LOOKS, round(LOOKS * 2.0 ** (dim - 7))))
     for _ in range(looks):
         for _ in range(TRAJECTORIES):
-            momentum = noise(len(heat), dim)
-            jitter = 0.8 + 0.4 * torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
-            leap = (step * float(jitter) * heat.sqrt())[:, None]  # of x; the momentum has unit scale
-            new_x, new_log_p, new_pull, p = x, log_p, pull, momentum
-            for _ in range(LEAPS):
-                half = p + 0.5 * leap * new_pull / heat[:, None]
-                new_x = new_x + leap * half
-                new_log_p, new_pull = at(new_x)
-                p = half + 0.5 * leap * new_pull / heat[:, None]
-            gain = (new_log_p - log_p) / heat - 0.5 * (p.square() - momentum.square()).sum(-1)
-            gain = torch.where(log_p.isfinite(), torch.nan_to_num(gain, nan=-math.inf), math.inf)
+            jitter = 0.8 + 0.4 * float(
+                torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
+            )
             uniform = torch.rand(len(heat), generator=generator, dtype=torch.float64, device=generator.device).to(loc)
-            taken = uniform.log() < gain
-            x, pull = torch.where(taken[:, None], new_x, x), torch.where(taken[:, None], new_pull, pull)
-            log_p = torch.where(taken, new_log_p, log_p)
+            here, gain = _trajectory(here, noise(len(heat), dim), jitter * step, heat, uniform, at)
             step = torch.where(_by_temperature(gain.clamp_max(0.0).exp()) > 0.7, 1.1 * step, 0.8 * step)
             step = step.clamp(1e-3, MOST_STEP)
-        cool, cool_log_p, cool_pull = x, log_p, pull
-        length = torch.ones_like(heat)
-        for _ in range(COOL_STEPS):
-            new_x = cool + length[:, None] * cool_pull
-            new_log_p, new_pull = at(new_x)
-            better = new_log_p > cool_log_p
-            cool = torch.where(better[:, None], new_x, cool)
-            cool_log_p = torch.where(better, new_log_p, cool_log_p)
-            cool_pull = torch.where(better[:, None], new_pull, cool_pull)
-            length = torch.where(better, length, 0.3 * length)
-        found.append(cool[(cool.norm(dim=-1) > reach) & cool_log_p.isfinite()])
+        cool = _cooled(here, at)
+        found.append(cool.x[(cool.x.norm(dim=-1) > reach) & cool.log_p.isfinite()])
     scouts = torch.cat(found)
     if len(scouts) > MAX_SCOUTS:
         order = torch.randperm(len(scouts), generator=generator, device=generator.device)
         scouts = scouts[order[:MAX_SCOUTS].to(scouts.device)]
     return loc + (scouts @ root.mT if full else scouts * root)
+
+
+class _Points(NamedTuple):
+    """Chains' places x (C, D) in the known mode's sds, log p (C,) and its gradient there (C, D)."""
+
+    x: Tensor
+    log_p: Tensor
+    pull: Tensor
+
+    def replaced(self, where: Tensor, new: _Points) -> _Points:
+        """Those of the new ones where it says so."""
+        return _Points(
+            *(torch.where(where if o.dim() == 1 else where[:, None], n, o) for o, n in zip(self, new, strict=True))
+        )
+
+
+At = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _trajectory(
+    here: _Points, momentum: Tensor, step: Tensor, heat: Tensor, uniform: Tensor, at: At
+) -> tuple[_Points, Tensor]:
+    """One trajectory of HMC at p^(1/T) for each chain, and the log of its chance to be taken."""
+    leap = (step * heat.sqrt())[:, None]  # of x; the momentum has unit scale
+    x, log_p, pull, p = *here, momentum
+    for _ in range(LEAPS):
+        half = p + 0.5 * leap * pull / heat[:, None]
+        x = x + leap * half
+        log_p, pull = at(x)
+        p = half + 0.5 * leap * pull / heat[:, None]
+    gain = (log_p - here.log_p) / heat - 0.5 * (p.square() - momentum.square()).sum(-1)
+    gain = torch.where(here.log_p.isfinite(), torch.nan_to_num(gain, nan=-math.inf), math.inf)
+    return here.replaced(uniform.log() < gain, _Points(x, log_p, pull)), gain
+
+
+def _cooled(here: _Points, at: At) -> _Points:
+    """A few steps uphill, the first of them Newton's if the mode is the known one and Gaussian."""
+    length = torch.ones_like(here.log_p)
+    for _ in range(COOL_STEPS):
+        x = here.x + length[:, None] * here.pull
+        new = _Points(x, *at(x))
+        better = new.log_p > here.log_p
+        here = here.replaced(better, new)
+        length = torch.where(better, length, 0.3 * length)
+    return here
 
 
 def _by_temperature(x: Tensor) -> Tensor:
