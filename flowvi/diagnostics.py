@@ -196,10 +196,10 @@ def judge(
         log_q: Log density of the flow at the draws (S,).
         dim: D, which sets the limit of the gap.
         log_normalizer: The target's log Z where it is known.
-        z: The draws (S, D); without them the weights say nothing of means and sds.
+        z: The draws (S, D), with more columns if wanted; without them the weights say nothing of means and sds.
         moved: What the short HMC found, where it was run.
         starts_evidence: The log evidence by all starts of the whitening or with what a search found, and its error.
-        name: What to call a coordinate of z.
+        name: What to call a coordinate of z, or a further column.
 
     Returns:
         The diagnostics.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flowvi.checks import as_array, as_seed, as_tensor, flags, instances, shown, whole_numbers
+from flowvi.columns import columns
 from flowvi.diagnostics import Diagnostics, judge
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
 from flowvi.flow import Flow
@@ -261,15 +262,16 @@ class Posterior:
             starts = self._starts_evidence
             if starts is None and hmc and bool((log_p - log_q).isfinite().all()):
                 starts = self._search(z, log_p - log_q)
+            seen, names = columns(self.density, z)
             self._diagnoses[key] = judge(
                 log_p.cpu().numpy(),
                 log_q.cpu().numpy(),
                 dim=self.density.dim,
                 log_normalizer=self.density.log_normalizer,
-                z=z.double().cpu().numpy(),
+                z=seen.cpu().numpy(),
                 moved=self._short_run(generator) if hmc and log_p.isfinite().any() else None,
                 starts_evidence=starts,
-                name=self.density.coordinate_name,
+                name=names,
             )
             words = self.config.get("label_switching")
             if words:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
+from flowvi.columns import columns
 from flowvi.diagnostics import Diagnostics, _verdict, gap_limit, judge
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
 from flowvi.flow import Flow, FlowSpec
@@ -290,6 +293,40 @@ def test_weights_that_move_a_mean_are_heard():
     same = judge(log_q, log_q, dim=2, z=x)
     assert same.trusted
     assert same.reweighted < 1e-12
+
+
+def test_a_scale_is_judged_on_its_own_scale_too():
+    # q has 1% of its draws near log tau = 3.5, where p has next to nothing: log tau hardly moves, tau does.
+    def model():
+        pyro.sample("tau", dist.LogNormal(0.0, 0.8))
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    x = draws(20_000, 3)
+    x[:, 0] *= 0.8
+    far = np.random.default_rng(1).random(len(x)) < 0.01
+    x[far, 0] = 3.5 + 0.3 * draws(len(x), 1, seed=2)[far, 0]
+    rest = normal(x[:, 1:]).sum(1)
+    log_p = normal(x[:, 0], 0.0, 0.8) + rest
+    log_q = np.logaddexp(math.log(0.99) + normal(x[:, 0], 0.0, 0.8), math.log(0.01) + normal(x[:, 0], 3.5, 0.3)) + rest
+    assert judge(log_p, log_q, dim=3, z=x).trusted
+    seen, name = columns(as_density(model), torch.as_tensor(x).float())
+    assert [name(i) for i in range(seen.shape[1])] == ["tau", "x[0]", "x[1]", "tau"]
+    assert seen[:, 3] == pytest.approx(seen[:, 0].exp(), rel=1e-5)
+    found = judge(log_p, log_q, dim=3, z=seen.numpy(), name=name)
+    assert not found.trusted
+    assert found.reweighted_site == "tau"
+
+
+def test_columns_of_a_simplex_have_their_own_names():
+    def model():
+        pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("s", dist.HalfNormal(torch.ones(2, 2)).to_event(2))
+
+    seen, name = columns(as_density(model), torch.randn(10, 6))
+    names = [name(i) for i in range(seen.shape[1])]
+    assert names[6:] == ["p[0]", "p[1]", "p[2]", "s[0,0]", "s[0,1]", "s[1,0]", "s[1,1]"]
+    assert seen[:, 6:9].sum(1) == pytest.approx(torch.ones(10).double(), abs=1e-6)
+    assert (seen[:, 9:] > 0).all()
 
 
 def test_draws_and_weights_of_far_values_or_none_are_no_accident():

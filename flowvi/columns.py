@@ -1,0 +1,53 @@
+"""What a user sees of draws, as columns: the coordinates of z, and the sites' own values where these are others.
+
+A scale is judged on its own scale as well as on the logarithm's: a flow that is right in log tau can be far off in the
+mean and sd of tau, when its upper tail is too heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowvi.targets import LogDensity
+
+__all__ = ["columns"]
+
+MAX_ELEMENTS = 30_000_000
+"""More values than that are not made: the coordinates of z alone have to do."""
+
+
+@torch.no_grad()
+def columns(density: LogDensity, z: Tensor) -> tuple[Tensor, Callable[[int], str]]:
+    """The columns of draws, and a column's name.
+
+    Args:
+        density: the target.
+        z: draws, (S, D).
+
+    Returns:
+        (S, D + C) in float64, and the name of a column such as "tau" or "theta[2]".
+    """
+    wanted = sum(math.prod(site.shape) for site in density.sites)
+    if density.path != "graph" or len(z) * wanted > MAX_ELEMENTS:
+        return z.double(), density.coordinate_name
+    found, names = [z.double()], [density.coordinate_name(d) for d in range(density.dim)]
+    values, start = density.constrain(z), 0
+    for site in density.sites:
+        size = math.prod(site.unconstrained_shape)
+        own, value = z[:, start : start + size], values[site.name].reshape(len(z), -1)
+        start += size
+        if value.shape != own.shape or not torch.equal(value, own.to(value)):
+            found.append(value.double())
+            names += [_element(site.name, tuple(site.shape), i) for i in range(value.shape[1])]
+    return torch.cat(found, 1), names.__getitem__
+
+
+def _element(name: str, shape: tuple[int, ...], index: int) -> str:
+    """The name of an element of a site."""
+    place = np.unravel_index(index, shape) if shape else ()
+    return f"{name}[{','.join(str(int(k)) for k in place)}]" if shape else name
