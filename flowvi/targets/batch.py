@@ -11,6 +11,7 @@ from torch.func import grad_and_value, vmap
 
 from flowvi.errors import TraceError
 from flowvi.targets.compiling import CompileReport, compile_flat, repays, seconds_per_call
+from flowvi.targets.simplify import simplify
 from flowvi.targets.trace import trace
 
 __all__ = ["BatchedGraph", "close"]
@@ -86,6 +87,7 @@ class BatchedGraph:
         inputs = {"z": z} | {f"shared_{i}": t for i, t in enumerate(shared)}
         try:
             flat = trace(both, inputs).module("value", "grad")
+            simplify(flat, z, *shared)
             with torch.no_grad():
                 found = flat.forward(z, *shared)
             same = all(close(a, b) for a, b in zip(found, self._by_autograd(z, *shared), strict=True))
