@@ -90,6 +90,8 @@ def test_chains_at_a_temperature_ask_no_more_than_the_target_is_worth(monkeypatc
     assert few > 2 * many > 4 * most
     assert many * 1000 < 3e8
     assert asked(8, "eager") < most < 30_000  # a model that is run particle by particle is too dear for it
+    monkeypatch.setattr(importlib.import_module("flowvi.fit.tempering"), "MOST_SECONDS", 0.0)
+    assert asked(8) == most  # and so is one that is slow without showing data
 
 
 @pytest.mark.parametrize(

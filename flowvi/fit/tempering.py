@@ -11,6 +11,7 @@ Source: Neal (1996), "Sampling from multimodal distributions using tempered tran
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,9 +26,12 @@ TEMPERATURES = (4.0, 10.0, 25.0, 60.0)
 CHAINS = 64  # at each temperature
 LOOKS, LEAST_LOOKS, MOST_LOOKS = 32, 6, 256  # in 7 dimensions, and bounds elsewhere: each doubles what is needed
 HOPELESS_DIM = 17  # from where on more looks don't help
-MOST_WORK = (
-    2e8  # data points whose density is asked for: by their number and not by the clock, so that bits are the same
-)
+MOST_WORK = 2e8
+"""Data points whose density is asked for: by their number and not by the clock, so that bits are the same."""
+
+MOST_SECONDS = 30.0
+"""Of a target that is slow though it shows no data: only the least number of looks is taken then."""
+
 TRAJECTORIES, LEAPS = 2, 3
 STEP, MOST_STEP = 0.6, 0.9  # of a leap, in sds at the chain's temperature
 COOL_STEPS = 4  # uphill, after which a chain from a known mode's basin is back there where it is nearly Gaussian
@@ -89,7 +93,8 @@ def wander(
     needed = LOOKS if dim >= HOPELESS_DIM else round(LOOKS * 2.0 ** (dim - 7))
     looks = max(LEAST_LOOKS, int(min(MOST_LOOKS, needed, affordable)))
     found: list[Tensor] = []
-    for _ in range(looks):
+    start = time.perf_counter()
+    while len(found) < looks:
         for _ in range(TRAJECTORIES):
             jitter = 0.8 + 0.4 * float(
                 torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
@@ -100,6 +105,8 @@ def wander(
             step = step.clamp(1e-3, MOST_STEP)
         cool = _cooled(here, at)
         found.append(cool.x[(cool.x.norm(dim=-1) > reach) & cool.log_p.isfinite()])
+        if len(found) == 2 and (time.perf_counter() - start) / 2 * looks > MOST_SECONDS:
+            looks = LEAST_LOOKS
     scouts = torch.cat(found)
     if len(scouts) > MAX_SCOUTS:
         order = torch.randperm(len(scouts), generator=generator, device=generator.device)
