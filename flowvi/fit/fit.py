@@ -131,8 +131,8 @@ def fit(
         kwargs: the model's keyword arguments.
         dim: D of a callable.
         flow: a registered name, or factory(input_dim, **options) such as Pyro's. "auto" is planar; with
-            `num_flows` and `num_steps` unset it trains in rounds, adds layers while they pay, and stops by itself
-            (`flowvi.fit.rounds`).
+            `num_flows` and `num_steps` unset it trains in rounds, adds layers while they pay, widens what is too narrow
+            once q is close (`flowvi.CoveringELBO`), and stops by itself (`flowvi.fit.rounds`).
         num_flows: K; 32 for planar and radial, 4 to 8 for others: `flowvi.transforms.registry` knows.
         num_steps: steps of Adam; 3000 after whitening, else 4000.
         num_particles: S, draws per step; 256.
