@@ -20,6 +20,9 @@ __all__ = ["columns"]
 MAX_ELEMENTS = 30_000_000
 """More values than that are not made: the coordinates of z alone have to do."""
 
+CHUNK = 4_000_000
+"""Values that the model is asked for at once, deterministic sites among them."""
+
 
 @torch.no_grad()
 def columns(density: LogDensity, z: Tensor) -> tuple[Tensor, Callable[[int], str]]:
@@ -30,19 +33,21 @@ def columns(density: LogDensity, z: Tensor) -> tuple[Tensor, Callable[[int], str
         z: draws, (S, D).
 
     Returns:
-        (S, D + C) in float64, and the name of a column such as "tau" or "theta[2]".
+        (S, D + C), and the name of a column such as "tau" or "theta[2]".
     """
     wanted = sum(math.prod(site.shape) for site in density.sites)
     if density.path != "graph" or len(z) * wanted > MAX_ELEMENTS:
-        return z.double(), density.coordinate_name
-    found, names = [z.double()], [density.coordinate_name(d) for d in range(density.dim)]
-    values, start = density.constrain(z), 0
+        return z, density.coordinate_name
+    made = wanted + sum(math.prod(site.shape) for site in density.deterministic)
+    parts = [density.constrain(part) for part in z.split(max(1, CHUNK // max(1, made)))]
+    found, names, start = [z], [density.coordinate_name(d) for d in range(density.dim)], 0
     for site in density.sites:
         size = math.prod(site.unconstrained_shape)
-        own, value = z[:, start : start + size], values[site.name].reshape(len(z), -1)
+        own = z[:, start : start + size]
+        value = torch.cat([part[site.name].reshape(len(part[site.name]), -1) for part in parts])
         start += size
         if value.shape != own.shape or not torch.equal(value, own.to(value)):
-            found.append(value.double())
+            found.append(value.to(z))
             names += [_element(site.name, tuple(site.shape), i) for i in range(value.shape[1])]
     return torch.cat(found, 1), names.__getitem__
 

@@ -61,6 +61,7 @@ SHIFT_LIMIT = 0.1  # of a mean in sds, or of an sd relative to itself, beyond tw
 UNSURE = 0.1  # a standard error of an sd's ratio so large comes from a few far draws, and is twice as uncertain
 MISSED_LIMIT = 0.03  # nats of evidence, beyond three standard errors
 SETTLED = 1.2  # R-hat of the short HMC, below which its chains have forgotten where they began
+_BLOCK = 1_000_000  # values that are looked at together
 _Array = NDArray[np.float64]
 
 
@@ -205,7 +206,7 @@ def judge(
         The diagnostics.
 
     Raises:
-        DimensionError: The arrays differ in shape, or hold fewer than 100 draws.
+        DimensionError: The arrays differ in shape or number of draws, or hold fewer than 100 of them.
         OptionError: An argument is of another kind.
     """
     positive_integers(dim=dim)
@@ -225,6 +226,11 @@ def judge(
             f"log_p and log_q must both have shape (S,) with S >= {MIN_DRAWS}, got {log_p.shape} and {log_q.shape}."
         )
     num = log_p.size
+    if z is not None:
+        if not (isinstance(z, np.ndarray) and z.dtype.kind == "f"):  # float32 stays: a copy may be gigabytes
+            z = as_array("z", z)
+        if z.ndim != 2 or len(z) != num:
+            raise DimensionError(f"z must hold the {num} draws of log_p, (S, D), got {z.shape}.")
     finite = np.isfinite(log_p) & np.isfinite(log_q)
     numbers: dict[str, Any] = dict.fromkeys(
         ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "gap", "gap_se"), float("nan")
@@ -281,7 +287,7 @@ def _estimates(log_w: _Array, finite: NDArray[np.bool_]) -> dict[str, float]:
 
 
 def _moves(moved: ShortRun, name: Callable[[int], str]) -> dict[str, Any]:
-    """J, and the worst shift and stretch beyond two standard errors, with their places."""
+    """J, and the worst shift and stretch beyond their noise, with their places."""
     shift = (moved.mean_shift.abs() - 2 * moved.mean_shift_se).clamp_min(0).nan_to_num(nan=np.inf)
     stretch = ((moved.sd_ratio - 1).abs() - _noise(moved.sd_ratio_se)).clamp_min(0).nan_to_num(nan=np.inf)
     return {
@@ -294,24 +300,40 @@ def _moves(moved: ShortRun, name: Callable[[int], str]) -> dict[str, Any]:
     }
 
 
-def _noise(se: Any) -> Any:
-    """Two standard errors of an sd's ratio, and more where the error is large, and so not known itself."""
-    return 2 * se * (1 + se / UNSURE)
+def _noise(se: Any, sure: float = 2.0) -> Any:
+    """So many standard errors of an sd's ratio, and more where the error is large, and so not known itself."""
+    return sure * se * (1 + se / UNSURE)
 
 
 def _reweighted(z: _Array, weights: _Array, name: Callable[[int], str]) -> dict[str, Any]:
     """The largest change of a mean, in sds, or of an sd that normalized weights (S,) ask for, beyond its noise."""
-    fine = np.isfinite(z).all(1)
-    z, weights = z[fine], weights[fine]
-    excess = (weights - 1 / len(z))[:, None]
-    mean, sd = z.mean(0), z.std(0).clip(1e-300)
-    x = (z - mean) / sd
-    shift = np.abs((excess * x).sum(0)) - 2 * np.sqrt(((excess * x) ** 2).sum(0))
-    around = (x - (weights[:, None] * x).sum(0)) ** 2
-    ratio = np.sqrt((weights[:, None] * around).sum(0))
+    size, num = z.shape[1], max(1, _BLOCK // len(z))
+    sure = max(2.0, float(np.sqrt(2 * np.log(max(size, 1)))))  # standard errors: it is the largest of so many
+    worst, at = 0.0, 0
+    for start in range(0, size, num):  # a few columns at a time: all of them may be gigabytes
+        change = _changes(np.asarray(z[:, start : start + num], dtype=np.float64), weights, sure)
+        if change.size and change.max() > worst:
+            worst, at = float(change.max()), start + int(change.argmax())
+    return {"reweighted": worst, "reweighted_site": name(at) if size else ""}
+
+
+def _changes(x: _Array, weights: _Array, sure: float) -> _Array:
+    """The change of each column; values that are not finite are left out, and inf where next to none is left."""
+    fine = np.isfinite(x)
+    x = np.where(fine, x, 0.0)
+    count, mass = fine.sum(0), weights @ fine
+    even, w = fine / np.maximum(count, 1), fine * weights[:, None] / np.maximum(mass, 1e-300)
+    mean = (even * x).sum(0)
+    sd = np.sqrt((even * (x - mean) ** 2).sum(0))
+    moves = sd > 1e-6 * np.abs(mean)  # a constant, such as the corner of a Cholesky factor, does not
+    x = np.where(fine, (x - mean) / np.where(moves, sd, 1.0), 0.0)
+    excess = w - even
+    shift = np.abs((excess * x).sum(0)) - sure * np.sqrt(((excess * x) ** 2).sum(0))
+    ratio = np.sqrt((w * (x - (w * x).sum(0)) ** 2).sum(0))
     ratio_se = np.sqrt(((excess * (x**2 - 1)) ** 2).sum(0)) / 2
-    change = np.nan_to_num(np.maximum(shift, np.abs(ratio - 1) - _noise(ratio_se)), nan=np.inf)
-    return {"reweighted": float(max(change.max(), 0.0)), "reweighted_site": name(int(change.argmax()))}
+    change = np.maximum(shift, np.abs(ratio - 1) - _noise(ratio_se, sure))
+    change = np.where(moves, np.nan_to_num(change, nan=np.inf), 0.0)
+    return np.where((count < 2) | (mass <= 0), np.inf, change)
 
 
 def _verdict(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bool, str]:

@@ -317,8 +317,9 @@ class CoveringELBO(PathELBO):
     nothing. With weights w_s = p / q, normalized over the step's S particles, the gradient is
     sum_s (3/4 w_s + 1/4 S^-1) (d log q/dz - d log p/dz) dz/d phi. After an ELBO has been maximized it widens tails,
     brings k-hat down, and has the sds right sooner than more steps on the ELBO do; with few effective draws it is
-    noise. Zero, sample by sample, where q equals p. The ELBO is still what is reported. The normalized weights bring a
-    bias of order 1 / S. The masses of modes far apart it leaves alone. As a Pyro loss it is `PathELBO`.
+    noise, and so it is with minibatches, whose weights are not those of all data. Zero, sample by sample, where q
+    equals p. The ELBO is still what is reported. The normalized weights bring a bias of order 1 / S. The masses of
+    modes far apart it leaves alone. As a Pyro loss it is `PathELBO`.
 
     Sources: Tucker et al. 2019, arXiv:1810.04152 (the wake update of q, reparametrized twice); Vaitl et al. 2022,
     arXiv:2207.08219 (the same for flows).

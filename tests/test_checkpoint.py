@@ -163,6 +163,7 @@ def test_a_finished_fit_is_returned_without_a_step(tmp_path, monkeypatch):
 
 def test_rounds_go_on_with_what_they_decided(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "ROUND_STEPS", 40)
+    monkeypatch.setattr(rounds, "CLOSE_STEPS", 40)
     monkeypatch.setattr(rounds, "MIN_STEPS", 10)
     monkeypatch.setattr(rounds, "GOAL_PER_DIM_WHITENED", 1e-9)
     monkeypatch.setattr(rounds, "FIRST", 2)
@@ -172,16 +173,20 @@ def test_rounds_go_on_with_what_they_decided(tmp_path, monkeypatch):
     monkeypatch.setattr(attempt_module, "ROUND_STEPS", 40)
     fit = partial(flowvi.fit, bent, dim=2, num_particles=32, **QUIET)
     whole = fit()
-    assert len(whole.config["rounds"]) >= 3  # the Gaussian's check, and two rounds of 5 and 10 files
-    for num_saves in (3, 6, 9, 14):
+    assert [c["covering"] for c in whole.config["rounds"]] == [False, False, True, False, True]  # the Gaussian's first
+    cut = set()
+    for num_saves in (5, 10, 16, 28):
         folder = tmp_path / str(num_saves)
         assert cut_off(fit, folder, num_saves)
+        this = read(folder / FILE, CHECKPOINT)["parts"]["rounds"]["round"]
+        cut.add((this["num_flows"], this["covering"]))
         resumed = fit(checkpoint=folder)
         # the machine is fast enough here that no time limit cuts a round, so even these bits agree
         for posterior in (whole, resumed):
             for check in posterior.config["rounds"]:
                 check["seconds"] = 0
         assert same(whole, resumed)
+    assert cut == {(2, 0), (2, 1), (4, 0), (4, 1)}
 
 
 def test_the_steps_that_fit_a_time_limit_are_measured_once(tmp_path):

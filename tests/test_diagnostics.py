@@ -329,6 +329,23 @@ def test_columns_of_a_simplex_have_their_own_names():
     assert (seen[:, 9:] > 0).all()
 
 
+def test_a_constant_column_is_no_evidence():
+    def model():
+        pyro.sample("L", dist.LKJCholesky(3, 2.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    seen, name = columns(as_density(model), torch.randn(2000, 4))
+    assert name(4) == "L[0,0]"
+    assert (seen[:, 4] == 1).all()
+    log_q = normal(draws(2000, 2)).sum(1)
+    found = judge(log_q + 0.01 * draws(2000, 1, seed=3)[:, 0], log_q, dim=4, z=seen.numpy(), name=name)
+    assert found.reweighted < 0.05
+    lost = judge(log_q, log_q, dim=4, z=np.full((2000, 1), np.inf))
+    assert not lost.trusted
+    with pytest.raises(DimensionError, match="2000 draws"):
+        judge(log_q, log_q, dim=4, z=seen[:10].numpy())
+
+
 def test_draws_and_weights_of_far_values_or_none_are_no_accident():
     x = draws(2000, 2)
     log_q = normal(x).sum(1)

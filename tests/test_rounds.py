@@ -83,7 +83,7 @@ GOAL = 0.015
         ((32, 500, 0.02, 1), 0.02, 0.9, False, True, (32, 1000, 0.02, 2)),
         ((32, 1000, 0.02, 2), 0.02, 0.9, False, True, "small enough"),
         ((32, 500, 0.02, 1), 0.2, 0.9, True, True, (128, 2000, 0.02, 0)),
-        ((512, 2000, 0.02, 1), 0.2, 0.9, False, True, "gain nothing"),
+        ((512, 2000, 0.02, 1), 0.2, 0.9, False, True, "the most there may be"),
     ],
 )
 def test_which_round_follows(this, gap, khat, learning, covers, expected):

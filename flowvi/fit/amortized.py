@@ -402,7 +402,7 @@ def _peak(device: torch.device) -> float | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:  # ru_maxrss begins at what the parent process held when it started this one; Linux tells this one's own
-        told = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        told = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii", errors="replace"))
         if told:
             return int(told[1]) * 1024 / 1e6
     except OSError:

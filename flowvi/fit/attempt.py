@@ -219,7 +219,7 @@ class Trial:
         polished = () if self.gaussian.factor is not None else (self.gaussian,)
         starts = (*polished, *self.gaussian.starts)
         evidence, self.modes = survey(starts, self.density, generator)
-        further = search(self.modes, self.density, generator) if self.modes else ()
+        further = self.ranks.same(search(self.modes, self.density, generator) if self.modes else ())
         if further:
             evidence, self.modes = survey((*starts, *further), self.density, generator)
         evidence, self.modes = self.ranks.same((evidence, self.modes))
@@ -285,7 +285,8 @@ class Trial:
                 first_steps=FIRST_ANNEALED_STEPS if self.anneal else ROUND_STEPS,
                 annealed=bool(self.anneal),
                 whitened=plan.whiten,
-                covers=plan.whiten and plan.objective is None and flow.has_path_score,
+                # a minibatch's weights are not those of all data
+                covers=plan.whiten and plan.objective is None and flow.has_path_score and not self.density.subsampled,
                 seconds=seconds or SECONDS,
                 seed=self.seed,
                 generator=self.generator,

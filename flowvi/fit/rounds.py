@@ -141,7 +141,7 @@ def following(this: Round, last: Check, *, learning: bool, covers: bool, goal: f
         return replace(this, num_steps=2 * this.num_steps, lr=this.lr * LR_FALL)
     if this.num_flows < MAX_FLOWS:
         return Round(min(this.num_flows * GROW, MAX_FLOWS), max(2 * ROUND_STEPS, this.num_steps), lr / 2)
-    return "more layers and more steps gain nothing"
+    return f"it has {MAX_FLOWS} layers, the most there may be, at a gap of {last.gap:.2g} nats"
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowvi.fit.modes import MIN_SHARE, NEAR, NEAR_PER_ROOT_DIM, near
+from flowvi.fit.modes import MIN_SHARE, near
 from flowvi.fit.paths import paths, straight
-from flowvi.fit.tempering import MAX_DIM, wander
+from flowvi.fit.tempering import MAX_DIM, MAX_SCOUTS, wander
 from flowvi.fit.whiten import Start, ascend
 from flowvi.objectives import Target
 from flowvi.progress import Bar, counting
@@ -101,18 +101,7 @@ def _search(
     known: Sequence[Start], target: Target, generator: torch.Generator, radii: Sequence[float], bar: Bar
 ) -> tuple[Start, ...]:
     found: list[Start] = []
-    best, dim = known[0], len(known[0].loc)
-    warm = best.loc.new_empty(0, dim)
-    if dim <= MAX_DIM and getattr(target, "path", None) != "eager":
-        warm = wander(
-            best.loc,
-            best.scale_tril,
-            target,
-            generator,
-            reach=NEAR + NEAR_PER_ROOT_DIM * dim**0.5,
-            num_data=sum(value.numel() for value in getattr(target, "observed", {}).values()),
-            num_temperatures=len(radii),
-        )
+    warm = _warm(known, target, generator, len(radii))
     for _ in range(ROUNDS):
         modes = [*known, *found]
         new = _round(modes, target, generator, radii, warm, bar)
@@ -121,6 +110,19 @@ def _search(
         if not new:
             break
     return tuple(found)
+
+
+def _warm(known: Sequence[Start], target: Target, generator: torch.Generator, num_temperatures: int) -> Tensor:
+    """Scouts by heat, none or a fixed number of them: each number of particles has a graph of its own."""
+    none = known[0].loc.new_empty(0, len(known[0].loc))
+    if none.shape[1] > MAX_DIM or getattr(target, "path", "") == "eager" or getattr(target, "subsampled", False):
+        return none
+    num_data = sum(value.numel() for value in getattr(target, "observed", {}).values())
+    try:
+        found = wander(known, target, generator, num_data=num_data, num_temperatures=num_temperatures)
+    except ValueError:  # the other scouts may stay where it doesn't refuse
+        return none
+    return found[torch.arange(MAX_SCOUTS, device=found.device) % len(found)] if len(found) else none
 
 
 def _round(

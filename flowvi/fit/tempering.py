@@ -11,26 +11,24 @@ Source: Neal (1996), "Sampling from multimodal distributions using tempered tran
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowvi.fit.modes import near
+from flowvi.fit.whiten import Start
 from flowvi.objectives import Target
 
-__all__ = ["MAX_DIM", "wander"]
+__all__ = ["MAX_DIM", "MAX_SCOUTS", "wander"]
 
 TEMPERATURES = (4.0, 10.0, 25.0, 60.0)
 CHAINS = 64  # at each temperature
-LOOKS, LEAST_LOOKS, MOST_LOOKS = 32, 6, 256  # in 7 dimensions, and bounds elsewhere: each doubles what is needed
+LOOKS, LEAST_LOOKS, MOST_LOOKS = 32, 6, 128  # in 7 dimensions, and bounds elsewhere: each doubles what is needed
 HOPELESS_DIM = 17  # from where on more looks don't help
 MOST_WORK = 2e8
-"""Data points whose density is asked for: by their number and not by the clock, so that bits are the same."""
-
-MOST_SECONDS = 30.0
-"""Of a target that is slow though it shows no data: only the least number of looks is taken then."""
+"""Data points whose density is asked for, but for the least looks; not seconds, so that bits are the same."""
 
 TRAJECTORIES, LEAPS = 2, 3
 STEP, MOST_STEP = 0.6, 0.9  # of a leap, in sds at the chain's temperature
@@ -43,38 +41,39 @@ MAX_DIM = 50
 
 @torch.no_grad()
 def wander(
-    loc: Tensor,
-    root: Tensor,
+    known: Sequence[Start],
     target: Target,
     generator: torch.Generator,
     *,
-    reach: float,
     num_data: int = 0,
     num_temperatures: int = len(TEMPERATURES),
 ) -> Tensor:
     """Points from where the way uphill may not lead back to a known mode.
 
     Args:
-        loc: the known mode's mean (D,).
-        root: its scales, (D, D) or (D,).
+        known: Gaussians of the modes that are known, the best first.
         target: log p and its gradient.
         generator: where the randomness comes from.
-        reach: distance from the known mode, in its own sds, within which a point is back there.
         num_data: data points behind log p: with many of them there are fewer looks.
         num_temperatures: how many of the four are used, the lowest first: how far it goes.
 
     Returns:
         (S, D), with S at most 128; often none.
     """
+    loc, root = known[0].loc, known[0].scale_tril
     dim = len(loc)
     heat = loc.new_tensor(TEMPERATURES[:num_temperatures]).repeat_interleave(CHAINS)
     full = root.dim() == 2
 
+    def place(x: Tensor) -> Tensor:
+        return loc + (x @ root.mT if full else x * root)
+
     def at(x: Tensor) -> tuple[Tensor, Tensor]:
         """Log p and its gradient in the mode's own sds; -inf and 0 where they are not finite."""
-        z = loc + (x @ root.mT if full else x * root)
-        log_p, grad = target.value_and_grad(z)
+        log_p, grad = target.value_and_grad(place(x))
+        grad = grad.to(root)
         pull = grad @ root if full else grad * root
+        log_p, pull = log_p.to(x), pull.to(x)  # the target has a dtype of its own
         fine = log_p.isfinite() & pull.isfinite().all(-1)
         return torch.where(fine, log_p, -math.inf), torch.where(fine[:, None], pull, 0.0)
 
@@ -93,8 +92,7 @@ def wander(
     needed = LOOKS if dim >= HOPELESS_DIM else round(LOOKS * 2.0 ** (dim - 7))
     looks = max(LEAST_LOOKS, int(min(MOST_LOOKS, needed, affordable)))
     found: list[Tensor] = []
-    start = time.perf_counter()
-    while len(found) < looks:
+    for _ in range(looks):
         for _ in range(TRAJECTORIES):
             jitter = 0.8 + 0.4 * float(
                 torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
@@ -104,14 +102,13 @@ def wander(
             step = torch.where(_by_temperature(gain.clamp_max(0.0).exp()) > 0.7, 1.1 * step, 0.8 * step)
             step = step.clamp(1e-3, MOST_STEP)
         cool = _cooled(here, at)
-        found.append(cool.x[(cool.x.norm(dim=-1) > reach) & cool.log_p.isfinite()])
-        if len(found) == 2 and (time.perf_counter() - start) / 2 * looks > MOST_SECONDS:
-            looks = LEAST_LOOKS
+        ended = place(cool.x[cool.log_p.isfinite()])
+        found.append(ended[~near(known, ended).any(1)])
     scouts = torch.cat(found)
     if len(scouts) > MAX_SCOUTS:
         order = torch.randperm(len(scouts), generator=generator, device=generator.device)
         scouts = scouts[order[:MAX_SCOUTS].to(scouts.device)]
-    return loc + (scouts @ root.mT if full else scouts * root)
+    return scouts
 
 
 class _Points(NamedTuple):
@@ -143,7 +140,8 @@ def _trajectory(
         log_p, pull = at(x)
         p = half + 0.5 * leap * pull / heat[:, None]
     gain = (log_p - here.log_p) / heat - 0.5 * (p.square() - momentum.square()).sum(-1)
-    gain = torch.where(here.log_p.isfinite(), torch.nan_to_num(gain, nan=-math.inf), math.inf)
+    gain = torch.where(here.log_p.isfinite(), torch.where(gain.isnan(), -math.inf, gain), math.inf)
+    gain = torch.where(x.isfinite().all(-1), gain, -math.inf)
     return here.replaced(uniform.log() < gain, _Points(x, log_p, pull)), gain
 
 

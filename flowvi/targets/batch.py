@@ -85,15 +85,19 @@ class BatchedGraph:
             return {"value": value, "grad": grad}
 
         inputs = {"z": z} | {f"shared_{i}": t for i, t in enumerate(shared)}
-        try:
-            flat = trace(both, inputs).module("value", "grad")
-            simplify(flat, z, *shared)
-            with torch.no_grad():
-                found = flat.forward(z, *shared)
-            same = all(close(a, b) for a, b in zip(found, self._by_autograd(z, *shared), strict=True))
-        except (TraceError, RuntimeError):
-            same = False
-        if not same:
+        for simpler in (True, False):
+            try:
+                flat = trace(both, inputs).module("value", "grad")
+                if simpler:
+                    simplify(flat, z, *shared)
+                with torch.no_grad():
+                    found = flat.forward(z, *shared)
+                same = all(close(a, b) for a, b in zip(found, self._by_autograd(z, *shared), strict=True))
+            except (TraceError, RuntimeError):
+                same = False
+            if same:
+                break
+        else:
             self._can_flatten = False
             return None
         while len(self._flat) >= _FLAT_SIZES:

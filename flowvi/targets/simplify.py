@@ -78,7 +78,8 @@ def _commutes(node: fx.Node, small: dict[fx.Node, fx.Node]) -> bool:
         first, along, *rest = node.args
         before, after = small[first].meta["like"][0], first.meta["like"][0]  # type: ignore[index,union-attr]
         keeps = op is not _ATEN.logsumexp.default or (bool(rest) and bool(rest[0]))
-        return keeps and all(before[d] == after[d] for d in (along if isinstance(along, Sequence) else [along]))
+        dims = along if isinstance(along, Sequence) else [along]
+        return keeps and bool(dims) and all(before[d] == after[d] for d in dims)
     if torch.Tag.pointwise not in op.tags or op._schema.is_mutable:
         return False
     return _less(node, small).numel() < shape.numel()
