@@ -160,16 +160,18 @@ def amortized_step(batch_size: int, num_flows: int, seed: int) -> Run:
     dlgm = DLGM(784, 40, 400, 4, "bernoulli")
     data = Batches.of(((torch.rand(10 * batch_size, 784) < 0.13).float(),), {}, None)
     options: dict[str, Any] = {"hidden_dims": (NECK,)} if num_flows else {}
-    guide = flowvi.AmortizedGuide(dlgm.model, dlgm.encoder(), "planar", num_flows, **options)
-    first = data.minibatch(0, batch_size, seed)
-    guide(*first[0], **first[1])
-    step = AmortizedStep(dlgm.model, guide, flowvi.PathELBO(1), first, data)
-    flat = FlatParameters(learnt_parameters(dlgm.model, guide, first))
-    adam = FlatAdam(flat.vector, flat.grad)
+    store = pyro.get_param_store()
+    with store.scope() as learnt:  # what is learnt here stays here
+        guide = flowvi.AmortizedGuide(dlgm.model, dlgm.encoder(), "planar", num_flows, **options)
+        first = data.minibatch(0, batch_size, seed)
+        guide(*first[0], **first[1])
+        step = AmortizedStep(dlgm.model, guide, flowvi.PathELBO(1), first, data)
+        flat = FlatParameters(learnt_parameters(dlgm.model, guide, first))
+        adam = FlatAdam(flat.vector, flat.grad)
     turns = itertools.count()
 
     def run(n: int) -> None:
-        with pyro.validation_enabled(False):
+        with store.scope(learnt), pyro.validation_enabled(False):
             for _ in range(n):
                 flat.grad.zero_()
                 loss = step(data.minibatch(next(turns), batch_size, seed))

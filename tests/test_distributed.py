@@ -72,7 +72,7 @@ def same(one, other):
 def test_the_gradient_is_that_of_one_process_with_all_particles(both):
     for found in both:
         assert found["world"] == 2
-        assert len(found["gradients"]) == 21
+        assert len(found["gradients"]) == 27
         for error, seen in found["gradients"].values():
             assert error < 1e-12
             assert seen
