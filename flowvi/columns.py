@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flowvi.targets import LogDensity
+from flowvi.targets.sites import element_name
 
 __all__ = ["columns"]
 
@@ -48,11 +48,5 @@ def columns(density: LogDensity, z: Tensor) -> tuple[Tensor, Callable[[int], str
         start += size
         if value.shape != own.shape or not torch.equal(value, own.to(value)):
             found.append(value.to(z))
-            names += [_element(site.name, tuple(site.shape), i) for i in range(value.shape[1])]
+            names += [element_name(site.name, tuple(site.shape), i) for i in range(value.shape[1])]
     return torch.cat(found, 1), names.__getitem__
-
-
-def _element(name: str, shape: tuple[int, ...], index: int) -> str:
-    """The name of an element of a site."""
-    place = np.unravel_index(index, shape) if shape else ()
-    return f"{name}[{','.join(str(int(k)) for k in place)}]" if shape else name

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -17,7 +16,7 @@ from torch.distributions import constraints
 from flowvi.checks import is_count, shown
 from flowvi.errors import DimensionError, OptionError
 from flowvi.targets.compiling import CompileReport
-from flowvi.targets.sites import Site
+from flowvi.targets.sites import Site, element_name
 
 __all__ = ["Energy", "LogDensity"]
 
@@ -193,8 +192,7 @@ class LogDensity(ABC):
         for site in self.sites:
             shape = tuple(site.unconstrained_shape)
             if index < start + math.prod(shape):
-                place = np.unravel_index(index - start, shape) if shape else ()
-                return f"{site.name}[{','.join(str(int(k)) for k in place)}]" if shape else site.name
+                return element_name(site.name, shape, index - start)
             start += math.prod(shape)
         raise OptionError(f"there is no coordinate {index} of z in D = {self.dim} of them.")
 

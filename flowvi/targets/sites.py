@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions import Distribution
 from pyro.poutine.messenger import Messenger
@@ -32,6 +33,7 @@ __all__ = [
     "Layout",
     "Reader",
     "Site",
+    "element_name",
     "is_discrete",
     "site_of",
     "without_validation",
@@ -53,6 +55,12 @@ class Site:
     plates: tuple[str | None, ...]
     """The plate's name of each batch dimension, None where there is no plate."""
     deterministic: bool = False
+
+
+def element_name(name: str, shape: tuple[int, ...], index: int) -> str:
+    """What an element of a site is called, such as "tau" or "theta[2]"."""
+    place = np.unravel_index(index, shape) if shape else ()
+    return f"{name}[{','.join(str(int(k)) for k in place)}]" if shape else name
 
 
 def site_of(message: Mapping[str, Any]) -> Site:
