@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import peek_interpreter_stack
 from torch.func import grad_and_value, vmap
 
 from flowvi.errors import TraceError
+from flowvi.kernels import dispatch
+from flowvi.program.instruction import NotLowered
+from flowvi.program.lowering import NUM_PARTICLES, lower
+from flowvi.program.program import Program
 from flowvi.targets.compiling import CompileReport, compile_flat, repays, seconds_per_call
 from flowvi.targets.simplify import simplify
 from flowvi.targets.trace import trace
@@ -19,14 +24,17 @@ __all__ = ["BatchedGraph", "close"]
 # Flattening costs about as much as 50 calls save; a size that came up this often will come up again.
 _FLATTEN_AFTER = 8
 _FLAT_SIZES = 4
+_MOST_POINTS = 256
 
 
 class BatchedGraph:
     """vmap over a graph of z (D,) and shared inputs.
 
-    For a number of particles that comes up again and again, value and gradient are traced once more, into one
-    flat graph of both that neither vmap nor autograd has to walk: half the time. That happens at a fixed call,
-    so that a run with the same calls gives the same numbers.
+    After a few calls value and gradient are traced once more, into one flat graph of both that neither vmap nor
+    autograd has to walk. That graph becomes a program of flowvi's own machine (`flowvi.program`), for any number of
+    particles; where it can't, because of an operation that the machine hasn't, a parameter that may change, indices of
+    a minibatch, or a device, torch walks a flat graph for each number of particles that comes up again and again. It
+    happens at a fixed call, so that a run with the same calls gives the same numbers.
 
     Args:
         module: a graph that takes z (D,) and the shared inputs, and returns a tuple of tensors.
@@ -42,10 +50,22 @@ class BatchedGraph:
         self._calls: dict[int, int] = {}
         self._flat: dict[int, Callable[..., Any]] = {}
         self._can_flatten = True
+        live = any(n.op == "get_attr" and str(n.target).startswith("parameter") for n in module.graph.nodes)
+        self._can_lower = not (live or num_shared)
+        self._num_calls = 0
+        self._programs: tuple[Program, Program] | None = None
 
     def __call__(self, z: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
         """All outputs, each with a leading dimension of particles."""
         return self._outputs(z, *shared)
+
+    def value(self, z: Tensor, *shared: Tensor) -> Tensor:
+        """The first output (S,)."""
+        if type(z) is Tensor and not (torch.is_grad_enabled() and z.requires_grad):
+            programs = self._lowered(z)
+            if programs is not None:
+                return programs[1](z)[0]
+        return self._value(z, *shared)
 
     def _first(self, *inputs: Tensor) -> Tensor:
         return self.module.forward(*inputs)[0]
@@ -53,6 +73,9 @@ class BatchedGraph:
     def value_and_grad(self, z: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:
         """The first output (S,) and its gradient with respect to z (S, D), detached."""
         particles = len(z)
+        programs = self._lowered(z)
+        if programs is not None:
+            return programs[0](z)
         flat = self._flat.get(particles)
         if flat is not None:
             with torch.no_grad():
@@ -62,6 +85,31 @@ class BatchedGraph:
             if self._calls[particles] >= _FLATTEN_AFTER:
                 self.flatten(z, *shared)
         return self._by_autograd(z, *shared)
+
+    def _lowered(self, z: Tensor, now: bool = False) -> tuple[Program, Program] | None:
+        """The programs of value and gradient and of the value, from a fixed call on; None where there are none."""
+        if not self._can_lower or dispatch.compiled("machine", z) is None or peek_interpreter_stack() is not None:
+            return None
+        self._num_calls += 1
+        if self._programs is None and (now or self._num_calls >= _FLATTEN_AFTER):
+            self._programs = self._lower(z)
+            self._can_lower = self._programs is not None
+        return self._programs
+
+    def _lower(self, z: Tensor) -> tuple[Program, Program] | None:
+        """Programs that give what autograd gives at these points, or None."""
+        points = z[:_MOST_POINTS]
+        few = points[torch.arange(NUM_PARTICLES) % len(points)]
+        flat = self._flat_graph(few)
+        if flat is None:
+            return None
+        try:
+            programs = lower(flat.forward, few)
+        except (NotLowered, RuntimeError):
+            return None
+        value, grad = self._by_autograd(points)
+        found = (*programs[0](points), programs[1](points)[0])
+        return programs if all(close(a, b) for a, b in zip(found, (value, grad, value), strict=True)) else None
 
     def _by_autograd(self, z: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -79,7 +127,16 @@ class BatchedGraph:
 
     def flatten(self, z: Tensor, *shared: Tensor) -> fx.GraphModule | None:
         """The flat graph of value and gradient for len(z) particles; None where that can't be had."""
+        flat = self._flat_graph(z, *shared)
+        if flat is None:
+            self._can_flatten = False
+            return None
+        while len(self._flat) >= _FLAT_SIZES:
+            del self._flat[next(iter(self._flat))]
+        self._flat[len(z)] = flat.forward
+        return flat
 
+    def _flat_graph(self, z: Tensor, *shared: Tensor) -> fx.GraphModule | None:
         def both(*inputs: Tensor) -> dict[str, Tensor]:
             grad, value = self._value_and_grad(*inputs)
             return {"value": value, "grad": grad}
@@ -92,18 +149,11 @@ class BatchedGraph:
                     simplify(flat, z, *shared)
                 with torch.no_grad():
                     found = flat.forward(z, *shared)
-                same = all(close(a, b) for a, b in zip(found, self._by_autograd(z, *shared), strict=True))
+                if all(close(a, b) for a, b in zip(found, self._by_autograd(z, *shared), strict=True)):
+                    return flat
             except (TraceError, RuntimeError):
-                same = False
-            if same:
-                break
-        else:
-            self._can_flatten = False
-            return None
-        while len(self._flat) >= _FLAT_SIZES:
-            del self._flat[next(iter(self._flat))]
-        self._flat[len(z)] = flat.forward
-        return flat
+                pass
+        return None
 
     def compile(self, z: Tensor, *shared: Tensor, num_calls: int | None = None) -> CompileReport:
         """Compile value and gradient for len(z) particles, if that pays.
@@ -113,6 +163,8 @@ class BatchedGraph:
             *shared: the shared inputs.
             num_calls: how many calls are to come; 0 only flattens, and None compiles in any case.
         """
+        if num_calls is not None and self._lowered(z, now=True) is not None:
+            return CompileReport(False, "it is a program of flowvi's own machine, which needs no compiling")
         flat = self.flatten(z, *shared)
         if flat is None:
             return CompileReport(False, "there is no flat graph of value and gradient")

@@ -293,7 +293,7 @@ class ModelDensity(LogDensity):
         if not len(z):
             return z.sum(1)
         if self._graph is not None:
-            return self._graph(z, *self._indices())[0]
+            return self._graph.value(z, *self._indices())
         value: Tensor = _Eager.apply(z, self)
         return value
 
