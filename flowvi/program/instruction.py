@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flowvi.kernels.compiled.instructions import ELEMENTWISE, LANES, NUMBERS
+from flowvi.kernels.compiled.instructions import ELEMENTWISE, LANES, Op
 
 SHORT = 8
 """A loop that isn't worth being the innermost."""
@@ -97,15 +97,15 @@ class Instruction:
     """An operation along loops: for each operand, out first, a part of a register with a stride for each loop.
 
     Attributes:
-        name: of the operation.
+        op: the operation.
         loops: lengths; at most four, for an elementwise operation after those are joined that are one for all operands.
         operands: out, a, b and c, as many as it has; None is left out. Their sizes don't matter.
-        index: where its integers begin, or the constants without lanes of `matmul_const`.
+        index: where its integers begin, or the constants without lanes of MATMUL_CONST.
         strides: of those constants.
         onto: whether a sum or product is added to what is there.
     """
 
-    name: str
+    op: Op
     loops: tuple[int, ...]
     operands: tuple[Strided | None, ...]
     index: int = 0
@@ -124,12 +124,12 @@ class Instruction:
 
     def along(self, size: int) -> int | None:
         """Which of its loops can be cut into tiles of data, if it is so long."""
-        allowed = _CUT.get(self.name, range(len(self.loops)) if self.name in ELEMENTWISE else ())
+        allowed = _CUT.get(self.op, range(len(self.loops)) if self.op in ELEMENTWISE else ())
         return next((d for d in allowed if self.loops[d] == size), None)
 
     def collects(self, loop: int) -> bool:
         """Whether cutting this loop makes its result a sum over tiles."""
-        return self.name in _COLLECT and loop in _COLLECT[self.name]
+        return self.op in _COLLECT and loop in _COLLECT[self.op]
 
     def encoded(self, places: Mapping[Register, int], tile: Tile | None = None) -> list[int]:
         """One row of code; of one tile, if it is cut."""
@@ -138,7 +138,7 @@ class Instruction:
         loops = list(self.loops)
         strides = [[0] * len(loops) if x is None else [s * LANES for s in x.strides] for x in operands]
         moves = [0] * 4
-        if self.name == "matmul_const":
+        if self.op == Op.MATMUL_CONST:
             starts[2], strides[2] = self.index, list(self.strides)
         if tile is not None:
             d = self.along(tile.size)
@@ -147,38 +147,38 @@ class Instruction:
             for i, x in enumerate(operands):
                 local = x is not None and x.register in tile.local
                 moves[i] = 0 if local else strides[i][d]
-            if self.name in _INDEXED and d == 3:  # the integers move instead of what they point into
-                moves[3], moves[1 if self.name == "gather" else 0] = 1, 0
+            if self.op in _INDEXED and d == 3:  # the integers move instead of what they point into
+                moves[3], moves[1 if self.op == Op.GATHER else 0] = 1, 0
             starts = [s + tile.first * m for s, m in zip(starts, moves, strict=True)]
             moves = [tile.length * m for m in moves]
-        if self.name in _INDEXED:
+        if self.op in _INDEXED:
             starts[3] = self.index + (tile.first * (moves[3] > 0) if tile is not None else 0)
         elif self.onto:
             starts[3], moves[3] = 1, 0
-        elif self.name in ELEMENTWISE:
+        elif self.op in ELEMENTWISE:
             loops, strides = _joined(loops, strides)
         pad = 4 - len(loops)
         if pad < 0:
-            raise NotLowered(f"{self.name} with more than four loops")
+            raise NotLowered(f"{self.op.name} with more than four loops")
         ways = [n for s in strides for n in [*[0] * pad, *s]]
-        return [NUMBERS[self.name], *starts, *[1] * pad, *loops, *ways, *moves]
+        return [self.op, *starts, *[1] * pad, *loops, *ways, *moves]
 
 
-_CUT: Mapping[str, Sequence[int]] = {
-    **dict.fromkeys(("sum", "amax", "amin", "gather", "scatter_add"), range(4)),
-    **dict.fromkeys(("matmul", "matmul_const"), (1, 2, 3)),
-    "cumsum": range(3),
-    "cholesky": (),
-    "solve_lower": (),
+_CUT: Mapping[Op, Sequence[int]] = {
+    **dict.fromkeys((Op.SUM, Op.AMAX, Op.AMIN, Op.GATHER, Op.SCATTER_ADD), range(4)),
+    **dict.fromkeys((Op.MATMUL, Op.MATMUL_CONST), (1, 2, 3)),
+    **dict.fromkeys((Op.CUMSUM, Op.CUMPROD), range(3)),
+    Op.CHOLESKY: (),
+    Op.SOLVE_LOWER: (),
 }
 """The loops of an operation that can be cut into tiles; of an elementwise one all."""
 
-_COLLECT: Mapping[str, Sequence[int]] = {
-    **dict.fromkeys(("sum", "amax", "amin"), (2, 3)),
-    **dict.fromkeys(("matmul", "matmul_const"), (3,)),
-    "scatter_add": (3,),
+_COLLECT: Mapping[Op, Sequence[int]] = {
+    **dict.fromkeys((Op.SUM, Op.AMAX, Op.AMIN), (2, 3)),
+    **dict.fromkeys((Op.MATMUL, Op.MATMUL_CONST), (3,)),
+    Op.SCATTER_ADD: (3,),
 }
-_INDEXED = ("gather", "scatter_add")
+_INDEXED = (Op.GATHER, Op.SCATTER_ADD)
 
 
 def _joined(loops: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:

@@ -10,6 +10,7 @@ What can't be written so raises `NotLowered`, and torch walks the graph as befor
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flowvi.kernels.compiled.instructions import ELEMENTWISE
+from flowvi.kernels.compiled.instructions import ELEMENTWISE, Op
 from flowvi.program.instruction import Instruction, NotLowered, Register, Strided, contiguous
 from flowvi.program.program import Program, assemble
 
@@ -153,8 +154,7 @@ class _Lowering:
             values = torch.as_tensor(x, dtype=self.dtype)
             shape = values.shape
             for d, n in enumerate(shape):  # what is the same along a dimension is kept once
-                first = values.narrow(d, 0, 1)
-                if n > 1 and torch.equal(first.expand_as(values), values):
+                if n > 1 and torch.equal((first := values.narrow(d, 0, 1)).expand_as(values), values):
                     values = first
             # the tensor is kept beside it: its address is the key
             register = Register(values.numel(), values.contiguous())
@@ -172,22 +172,23 @@ class _Lowering:
         strides.insert(batch, None)
         return _View(x.register, x.offset, tuple(sizes), tuple(strides))
 
-    def emit(self, name: str, loops: Sequence[int], *operands: Strided | None, **more: Any) -> None:
-        """One more instruction, unless it has nothing to do."""
+    def emit(self, op: Op, loops: Sequence[int], *operands: Strided | None, **more: Any) -> None:
+        """One more instruction."""
         if not math.prod(loops):
-            return
+            raise NotLowered("an empty tensor")
         loops = tuple(loops)
-        if name not in ELEMENTWISE:  # their loops have roles, and so there are always four
+        if op not in ELEMENTWISE:  # their loops have roles, and so there are always four
             missing = 4 - len(loops)
             if missing < 0:
-                raise NotLowered(f"{name} with more than four loops")
+                raise NotLowered(f"{op.name} with more than four loops")
             loops = (1,) * missing + loops
             operands = tuple(None if x is None else x.padded(missing) for x in operands)
-        self.instructions.append(Instruction(name, loops, operands, **more))
+        self.instructions.append(Instruction(op, loops, operands, **more))
 
     def copy(self, x: Strided, out: Strided) -> None:
         """Out becomes x."""
-        self.emit("copy", out.sizes, out, x.expanded(out.sizes))
+        if math.prod(out.sizes):
+            self.emit(Op.COPY, out.sizes, out, x.expanded(out.sizes))
 
     def plain(self, x: _View) -> _View:
         """The same in order, copied if it is not."""
@@ -197,14 +198,14 @@ class _Lowering:
         self.copy(x.inner, out)
         return self.batched(out, x.batch)
 
-    def like(self, x: Any, other: _View) -> _View:
-        """A constant as a view with its particles where the other's are."""
+    def like(self, x: Any, other: Any) -> _View:
+        """A constant as a view with its particles where the other's are; a view as it is."""
         if isinstance(x, _View):
             return x
         x = x[(None,) * (len(other.sizes) - x.dim())]
         return self.batched(self.constant(self.row(x, other.batch)), other.batch)
 
-    def pointwise(self, name: str, *operands: Any) -> _View:
+    def pointwise(self, op: Op, *operands: Any) -> _View:
         """An elementwise operation; all dimensions to the left of the particles are kept."""
         places = {len(x.sizes) - x.batch for x in operands if isinstance(x, _View)}
         if len(places) != 1:
@@ -221,13 +222,13 @@ class _Lowering:
                 inner.append(self.constant(x))
         sizes = torch.broadcast_shapes(*(x.sizes for x in inner))
         inner = [x.expanded(sizes) for x in inner]
-        if name == "mul" and any(_is_one(x) for x in inner):
+        if op == Op.MUL and any(_is_one(x) for x in inner):
             other = inner[1] if _is_one(inner[0]) else inner[0]
             return self.batched(other, rank - right)
         # what is the same along a dimension is computed once
         less = [n if any(x.strides[d] for x in inner) else 1 for d, n in enumerate(sizes)]
         out = self.new(less)
-        self.emit(name, less, out, *inner)
+        self.emit(op, less, out, *inner)
         return self.batched(out.expanded(sizes), rank - right)
 
 
@@ -256,21 +257,21 @@ def _part(x: _View, sizes: Sequence[int], strides: Sequence[int | None], offset:
 # Elementwise operations.
 
 
-def _unary(name: str) -> Callable[..., _View]:
-    return lambda walk, x: walk.pointwise(name, x)
+def _unary(op: Op) -> Callable[..., _View]:
+    return lambda walk, x: walk.pointwise(op, x)
 
 
-def _binary(name: str) -> Callable[..., _View]:
-    return lambda walk, x, y: walk.pointwise(name, x, y)
+def _binary(op: Op) -> Callable[..., _View]:
+    return lambda walk, x, y: walk.pointwise(op, x, y)
 
 
-def _sum_of_two(name: str) -> Callable[..., _View]:
+def _sum_of_two(op: Op) -> Callable[..., _View]:
     """An addition or subtraction; alpha times the second."""
 
     def handler(walk: _Lowering, x: Any, y: Any, alpha: float = 1) -> _View:
         if alpha != 1:
-            y = walk.pointwise("mul", y, alpha) if isinstance(y, _View) else y * alpha
-        return walk.pointwise(name, x, y)
+            y = walk.pointwise(Op.MUL, y, alpha) if isinstance(y, _View) else y * alpha
+        return walk.pointwise(op, x, y)
 
     return handler
 
@@ -279,10 +280,10 @@ def _div(walk: _Lowering, x: Any, y: Any, rounding_mode: str | None = None) -> _
     if rounding_mode is not None:
         raise NotLowered("a rounded division")
     if not isinstance(y, _View):
-        return walk.pointwise("mul", x, 1 / y)
+        return walk.pointwise(Op.MUL, x, 1 / y)
     if isinstance(x, _View) and 2 * _count(y) <= _count(x):
-        return walk.pointwise("mul", x, walk.pointwise("div", 1.0, y))
-    return walk.pointwise("div", x, y)
+        return walk.pointwise(Op.MUL, x, walk.pointwise(Op.DIV, 1.0, y))
+    return walk.pointwise(Op.DIV, x, y)
 
 
 def _count(x: _View) -> int:
@@ -293,36 +294,36 @@ def _count(x: _View) -> int:
 def _pow(walk: _Lowering, x: Any, y: Any) -> _View:
     if isinstance(y, int | float) and isinstance(x, _View):
         if y == 0.5:
-            return walk.pointwise("sqrt", x)
+            return walk.pointwise(Op.SQRT, x)
         if y in (1, 2, 3):
             out = x
             for _ in range(int(y) - 1):
-                out = walk.pointwise("mul", out, x)
+                out = walk.pointwise(Op.MUL, out, x)
             return out
         if y == -1:
-            return walk.pointwise("div", 1.0, x)
-    return walk.pointwise("pow", x, y)
+            return walk.pointwise(Op.DIV, 1.0, x)
+    return walk.pointwise(Op.POW, x, y)
 
 
 def _clamp(walk: _Lowering, x: _View, low: Any = None, high: Any = None, **kwargs: Any) -> _View:
     low, high = kwargs.get("min", low), kwargs.get("max", high)
     if low is not None:
-        x = walk.pointwise("max", x, low)
-    return x if high is None else walk.pointwise("min", x, high)
+        x = walk.pointwise(Op.MAX, x, low)
+    return x if high is None else walk.pointwise(Op.MIN, x, high)
 
 
 def _rsqrt(walk: _Lowering, x: _View) -> _View:
-    return walk.pointwise("div", 1.0, walk.pointwise("sqrt", x))
+    return walk.pointwise(Op.DIV, 1.0, walk.pointwise(Op.SQRT, x))
 
 
 def _isinf(walk: _Lowering, x: _View) -> _View:
-    return walk.pointwise("eq", walk.pointwise("abs", x), math.inf)
+    return walk.pointwise(Op.EQ, walk.pointwise(Op.ABS, x), math.inf)
 
 
 def _to_copy(walk: _Lowering, x: _View, dtype: torch.dtype | None = None, **_: Any) -> _View:
     if dtype not in (None, walk.dtype, torch.bool):
         raise NotLowered(f"numbers of another kind, {dtype}")
-    return walk.pointwise("ne", x, 0.0) if dtype == torch.bool else x
+    return walk.pointwise(Op.NE, x, 0.0) if dtype == torch.bool else x
 
 
 # Views.
@@ -440,12 +441,10 @@ def _scatter(view: Callable[..., _View]) -> Callable[..., _View]:
     """A copy of x in which what `view` shows of it is replaced."""
 
     def handler(walk: _Lowering, x: Any, source: Any, *args: Any, **kwargs: Any) -> _View:
-        other = x if isinstance(x, _View) else source
         if not isinstance(x, _View):  # a constant; the particles are in front
             x = walk.batched(walk.constant(walk.row(x, 0)), 0)
         if isinstance(source, _View) and (x.batch != 0 or source.batch != 0):
             raise NotLowered("particles that are not in front")
-        del other
         out = walk.new(x.inner.sizes)
         walk.copy(x.inner, out)
         whole = walk.batched(out, x.batch)
@@ -480,8 +479,25 @@ def _stack(walk: _Lowering, parts: Sequence[Any], dim: int = 0) -> _View:
     return _cat(walk, each, dim % rank)
 
 
+def _pad(walk: _Lowering, x: _View, pad: Sequence[int], value: float = 0.0) -> _View:
+    sizes = list(x.sizes)
+    ends = list(zip(pad[::2], pad[1::2], strict=True))
+    dims = [len(sizes) - 1 - i for i in range(len(ends))]
+    if x.batch in dims or min(pad) < 0:
+        raise NotLowered("a padding of that kind")
+    for d, (before, after) in zip(dims, ends, strict=True):
+        sizes[d] += before + after
+    out = walk.batched(walk.new([n for d, n in enumerate(sizes) if d != x.batch]), x.batch)
+    walk.copy(walk.constant(value), out.inner)
+    part = out
+    for d, (before, _) in zip(dims, ends, strict=True):
+        part = _slice(walk, part, d, before, before + x.sizes[d])
+    walk.copy(x.inner, part.inner)
+    return out
+
+
 def _where(walk: _Lowering, condition: Any, x: Any, y: Any) -> _View:
-    return walk.pointwise("where", condition, x, y)
+    return walk.pointwise(Op.WHERE, condition, x, y)
 
 
 def _indexed(walk: _Lowering, sizes: Sequence[int], indices: Sequence[Any]) -> tuple[int, int, Tensor]:
@@ -512,27 +528,41 @@ def _index(walk: _Lowering, x: _View, indices: Sequence[Any]) -> _View:
     batch, along = x.batch, start - (x.batch < start)
     source = x.inner.moved(along, len(sizes) - 2)
     out = walk.new([*source.sizes[:-1], index.numel()])
-    walk.emit("gather", out.sizes, out, source, None, index=_integers(walk, index))
+    walk.emit(Op.GATHER, out.sizes, out, source, None, index=_integers(walk, index))
     found = walk.batched(out.moved(len(sizes) - 2, along), batch)
     return _reshape(walk, found, [*sizes[:start], *index.shape, *sizes[start + 1 :]])
 
 
 def _index_put(walk: _Lowering, x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False) -> _View:
-    if not isinstance(values, _View) or not accumulate:
-        raise NotLowered("values put at indices")
-    x = walk.like(x, values) if isinstance(x, Tensor) else x
+    first = x if isinstance(x, _View) else values
+    if not isinstance(first, _View):
+        raise NotLowered("an index that depends on z")
+    if not isinstance(x, _View):
+        x = walk.like(x, values) if x.dim() == len(values.sizes) else walk.batched(walk.constant(walk.row(x, 0)), 0)
     start, stop, index = _indexed(walk, x.sizes, indices)
-    if start <= x.batch < stop or x.batch != values.batch:
+    if start <= x.batch < stop or (not accumulate and len(index.unique()) < index.numel()):
         raise NotLowered("particles are chosen")
+    merged = [*x.sizes[:start], math.prod(x.sizes[start:stop]), *x.sizes[stop:]]
+    if not accumulate:  # what is there goes first
+        kept = torch.ones(merged[start], dtype=walk.dtype)
+        kept[index.reshape(-1)] = 0
+        shape = [*[1] * start, *x.sizes[start:stop], *[1] * (len(x.sizes) - stop)]
+        x = walk.pointwise(Op.WHERE, kept.reshape(shape), x, 0.0)
     whole = walk.new(x.inner.sizes)
     walk.copy(x.inner, whole)
-    sizes = [*x.sizes[:start], math.prod(x.sizes[start:stop]), *x.sizes[stop:]]
-    merged = _reshape(walk, walk.batched(whole, x.batch), sizes)
-    values = _expand(walk, values, [*sizes[:start], *index.shape, *sizes[start + 1 :]])
-    values = _reshape(walk, values, [*sizes[:start], index.numel(), *sizes[start + 1 :]])
+    target = _reshape(walk, walk.batched(whole, x.batch), merged)
+    shape = [*merged[:start], *index.shape, *merged[start + 1 :]]
+    if isinstance(values, _View):
+        values = _expand(walk, values, shape)
+    else:
+        rows = walk.row(values.expand(shape), x.batch if x.batch < start else x.batch - stop + start + index.dim())
+        values = walk.batched(walk.constant(rows), x.batch)
+    values = _reshape(walk, values, [*merged[:start], index.numel(), *merged[start + 1 :]])
+    if values.batch != target.batch:
+        raise NotLowered("particles are chosen")
     along = start - (x.batch < start)
-    to, source = (v.inner.moved(along, len(sizes) - 2) for v in (merged, values))
-    walk.emit("scatter_add", source.sizes, to, None, source, index=_integers(walk, index))
+    to, source = (v.inner.moved(along, len(merged) - 2) for v in (target, values))
+    walk.emit(Op.SCATTER_ADD, source.sizes, to, None, source, index=_integers(walk, index))
     return walk.batched(whole, x.batch)
 
 
@@ -544,7 +574,7 @@ def _index_select(walk: _Lowering, x: _View, dim: int, index: Tensor) -> _View:
 # Along dimensions.
 
 
-def _reduction(name: str) -> Callable[..., _View]:
+def _reduction(op: Op) -> Callable[..., _View]:
     def handler(walk: _Lowering, x: _View, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> _View:
         if dtype not in (None, walk.dtype):
             raise NotLowered(f"a sum of another kind, {dtype}")
@@ -553,7 +583,7 @@ def _reduction(name: str) -> Callable[..., _View]:
             raise NotLowered("a reduction over particles")
         rank = len(x.sizes)
         if 1 < math.prod(x.sizes[d] for d in along) <= _FEW and len(along) == 1:
-            found = _of_few(walk, name, x, along[0])
+            found = _of_few(walk, op, x, along[0])
             return _unsqueeze(walk, found, along[0]) if keepdim else found
         inner = x.inner
         reduced = [d - (d > x.batch) for d in along]
@@ -562,7 +592,7 @@ def _reduction(name: str) -> Callable[..., _View]:
         loops, strides = _two_and_two(inner, kept, reduced)
         source = Strided(inner.register, inner.offset, tuple(loops), tuple(strides))
         to = contiguous(out.register, [loops[0], loops[1]])
-        walk.emit(name, loops, Strided(to.register, 0, tuple(loops), (*to.strides, 0, 0)), source)
+        walk.emit(op, loops, Strided(to.register, 0, tuple(loops), (*to.strides, 0, 0)), source)
         found = walk.batched(out, x.batch - sum(d < x.batch for d in along))
         for d in sorted(along) if keepdim else []:
             found = _unsqueeze(walk, found, d)
@@ -575,10 +605,10 @@ _FEW = 4
 """Numbers that are added up one by one, each by an operation over all sums."""
 
 
-def _of_few(walk: _Lowering, name: str, x: _View, dim: int) -> _View:
+def _of_few(walk: _Lowering, op: Op, x: _View, dim: int) -> _View:
     first, *others = _unbind(walk, x, dim)
     for other in others:
-        first = walk.pointwise({"sum": "add", "amax": "max", "amin": "min"}[name], first, other)
+        first = walk.pointwise({Op.SUM: Op.ADD, Op.AMAX: Op.MAX, Op.AMIN: Op.MIN}[op], first, other)
     return first
 
 
@@ -604,18 +634,21 @@ def _two_and_two(x: Strided, kept: list[int], reduced: list[int]) -> tuple[list[
 
 
 def _mean(walk: _Lowering, x: _View, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> _View:
-    total = _reduction("sum")(walk, x, dims, keepdim, dtype)
-    return walk.pointwise("mul", total, math.prod(total.inner.sizes) / math.prod(x.inner.sizes))
+    total = _reduction(Op.SUM)(walk, x, dims, keepdim, dtype)
+    return walk.pointwise(Op.MUL, total, math.prod(total.inner.sizes) / math.prod(x.inner.sizes))
 
 
-def _cumsum(walk: _Lowering, x: _View, dim: int, dtype: Any = None) -> _View:
-    dim %= len(x.sizes)
-    if dim == x.batch or dtype not in (None, walk.dtype):
-        raise NotLowered("a cumulative sum of that kind")
-    along, last = dim - (x.batch < dim), len(x.sizes) - 2
-    out = walk.new(x.inner.sizes)
-    walk.emit("cumsum", out.moved(along, last).sizes, out.moved(along, last), x.inner.moved(along, last))
-    return walk.batched(out, x.batch)
+def _cumulative(op: Op) -> Callable[..., _View]:
+    def handler(walk: _Lowering, x: _View, dim: int, dtype: Any = None) -> _View:
+        dim %= len(x.sizes)
+        if dim == x.batch or dtype not in (None, walk.dtype):
+            raise NotLowered("a cumulative sum of that kind")
+        along, last = dim - (x.batch < dim), len(x.sizes) - 2
+        out = walk.new(x.inner.sizes)
+        walk.emit(op, out.moved(along, last).sizes, out.moved(along, last), x.inner.moved(along, last))
+        return walk.batched(out, x.batch)
+
+    return handler
 
 
 # Matrices.
@@ -643,7 +676,7 @@ def _times_constant(walk: _Lowering, out: Strided, a: Strided, b: Tensor) -> Non
     index = sum(t.numel() for t in walk.fixed)
     walk.fixed.append(values.reshape(-1))
     strides = (0 if values.shape[0] == 1 else values.stride(0), 0, values.stride(1), 1)
-    walk.emit("matmul_const", a.sizes, out, a, None, index=index, strides=strides)
+    walk.emit(Op.MATMUL_CONST, a.sizes, out, a, None, index=index, strides=strides)
 
 
 def _bmm(walk: _Lowering, a: Any, b: Any) -> _View:
@@ -667,7 +700,7 @@ def _bmm(walk: _Lowering, a: Any, b: Any) -> _View:
         (n, k), m = x.sizes, y.sizes[1]
         out, loops = walk.new([n, m]), (1, n, m, k)
         walk.emit(
-            "matmul",
+            Op.MATMUL,
             loops,
             Strided(out.register, 0, loops, (0, m, 1, 0)),
             Strided(x.register, x.offset, loops, (0, x.strides[0], 0, x.strides[1])),
@@ -693,18 +726,16 @@ def _cholesky_ex(walk: _Lowering, x: _View, *, upper: bool = False, check_errors
     walk.copy(x.inner, out)
     if upper:  # the factor of the transpose, transposed, reads the upper triangle
         raise NotLowered("an upper factor")
-    walk.emit("cholesky", out.sizes, out)
+    walk.emit(Op.CHOLESKY, out.sizes, out)
     found = walk.batched(out, 0)
     failed = _select(walk, _select(walk, found, -1, -1), -1, -1)
-    return found, walk.pointwise("isnan", failed)
+    return found, walk.pointwise(Op.ISNAN, failed)
 
 
 def _solve_triangular(
-    walk: _Lowering, a: _View, b: Any, *, upper: bool, left: bool = True, unitriangular: bool = False
+    walk: _Lowering, a: Any, b: Any, *, upper: bool, left: bool = True, unitriangular: bool = False
 ) -> _View:
-    if not isinstance(a, _View):
-        raise NotLowered("a constant triangle")
-    b = walk.like(b, a)
+    a, b = walk.like(a, b), walk.like(b, a)
     if unitriangular or a.batch != 0 or b.batch != 0 or not 3 <= len(a.sizes) <= 4 or len(a.sizes) != len(b.sizes):
         raise NotLowered("a triangular system of that kind")
     rank = len(a.sizes)
@@ -724,7 +755,7 @@ def _solve_triangular(
     outer = (0,) if not groups else (out.strides[0],)
     outer_a = (0,) if not groups else (triangle.strides[0],)
     walk.emit(
-        "solve_lower",
+        Op.SOLVE_LOWER,
         loops,
         Strided(out.register, 0, tuple(loops), (*outer, out.strides[-1], 0, out.strides[-2])),
         Strided(triangle.register, triangle.offset, tuple(loops), (*outer_a, 0, *triangle.strides[-2:])),
@@ -738,7 +769,7 @@ def _triangle(upper: bool) -> Callable[..., _View]:
         mask = ones.triu(diagonal) if upper else ones.tril(diagonal)
         if x.batch >= len(x.sizes) - 2:
             raise NotLowered("a triangle over particles")
-        return walk.pointwise("where", mask, x, 0.0)
+        return walk.pointwise(Op.WHERE, mask, x, 0.0)
 
     return handler
 
@@ -749,34 +780,34 @@ def _item(walk: _Lowering, x: Any, index: int) -> Any:
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **{
-        getattr(aten, name).default: _unary(name)
+        getattr(aten, name).default: _unary(Op[name.upper()])
         for name in (
             *("neg", "abs", "sign", "exp", "log", "log1p", "expm1", "sqrt", "sigmoid", "tanh", "sin"),
             *("cos", "lgamma", "digamma", "erf", "erfc", "isnan"),
         )
     },
     **{
-        getattr(getattr(aten, name), kind): _binary(name)
+        getattr(getattr(aten, name), kind): _binary(Op[name.upper()])
         for name in ("eq", "ne", "lt", "le", "gt", "ge")
         for kind in ("Scalar", "Tensor")
     },
-    **{getattr(aten.mul, kind): _binary("mul") for kind in ("Scalar", "Tensor")},
-    **{getattr(aten.add, kind): _sum_of_two("add") for kind in ("Scalar", "Tensor")},
-    **{getattr(aten.sub, kind): _sum_of_two("sub") for kind in ("Scalar", "Tensor")},
+    **{getattr(aten.mul, kind): _binary(Op.MUL) for kind in ("Scalar", "Tensor")},
+    **{getattr(aten.add, kind): _sum_of_two(Op.ADD) for kind in ("Scalar", "Tensor")},
+    **{getattr(aten.sub, kind): _sum_of_two(Op.SUB) for kind in ("Scalar", "Tensor")},
     **{getattr(aten.div, kind): _div for kind in ("Scalar", "Tensor", "Tensor_mode")},
     **{getattr(aten.pow, kind): _pow for kind in ("Scalar", "Tensor_Scalar", "Tensor_Tensor")},
-    aten.maximum.default: _binary("max"),
-    aten.minimum.default: _binary("min"),
-    aten.logical_and.default: _binary("and"),
-    aten.bitwise_and.Tensor: _binary("and"),
-    aten.logical_or.default: _binary("or"),
-    aten.bitwise_or.Tensor: _binary("or"),
-    aten.logical_not.default: _unary("not"),
-    aten.bitwise_not.default: _unary("not"),
-    aten.relu.default: lambda walk, x: walk.pointwise("max", x, 0.0),
+    aten.maximum.default: _binary(Op.MAX),
+    aten.minimum.default: _binary(Op.MIN),
+    aten.logical_and.default: _binary(Op.AND),
+    aten.bitwise_and.Tensor: _binary(Op.AND),
+    aten.logical_or.default: _binary(Op.OR),
+    aten.bitwise_or.Tensor: _binary(Op.OR),
+    aten.logical_not.default: _unary(Op.NOT),
+    aten.bitwise_not.default: _unary(Op.NOT),
+    aten.relu.default: lambda walk, x: walk.pointwise(Op.MAX, x, 0.0),
     aten.clamp.default: _clamp,
     aten.clamp.Tensor: _clamp,
-    aten.reciprocal.default: lambda walk, x: walk.pointwise("div", 1.0, x),
+    aten.reciprocal.default: lambda walk, x: walk.pointwise(Op.DIV, 1.0, x),
     aten.rsqrt.default: _rsqrt,
     aten.isinf.default: _isinf,
     aten.where.self: _where,
@@ -801,23 +832,23 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.slice_scatter.default: _scatter(_slice),
     aten.select_scatter.default: _scatter(_select),
     aten.diagonal_scatter.default: _scatter(_diagonal),
+    aten.constant_pad_nd.default: _pad,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.index.Tensor: _index,
     aten.index_put.default: _index_put,
     aten.index_select.default: _index_select,
-    aten.sum.dim_IntList: _reduction("sum"),
-    aten.amax.default: _reduction("amax"),
-    aten.amin.default: _reduction("amin"),
+    aten.sum.dim_IntList: _reduction(Op.SUM),
+    aten.amax.default: _reduction(Op.AMAX),
+    aten.amin.default: _reduction(Op.AMIN),
     aten.mean.dim: _mean,
-    aten.cumsum.default: _cumsum,
+    aten.cumsum.default: _cumulative(Op.CUMSUM),
+    aten.cumprod.default: _cumulative(Op.CUMPROD),
     aten.mm.default: _mm,
     aten.bmm.default: _bmm,
     aten.linalg_cholesky_ex.default: _cholesky_ex,
     aten.linalg_solve_triangular.default: _solve_triangular,
     aten.tril.default: _triangle(False),
     aten.triu.default: _triangle(True),
+    operator.getitem: _item,
 }
-import operator  # noqa: E402
-
-_HANDLERS[operator.getitem] = _item

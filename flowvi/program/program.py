@@ -78,7 +78,7 @@ class Program:
         from flowvi.kernels.compiled import threads  # numba is loaded where it is needed
         from flowvi.kernels.compiled.machine import make_machine
 
-        x = z.detach().contiguous().numpy()
+        x: Any = z.detach().contiguous().numpy()
         value, grad = np.empty(len(x), x.dtype), np.empty((len(x) if self._places[2] >= 0 else 0, x.shape[1]), x.dtype)
         machine = make_machine(x.dtype.type)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from flowvi.kernels.compiled.instructions import TILES, WIDTH
+from flowvi.kernels.compiled.instructions import TILES, WIDTH, Op
 from flowvi.program.instruction import Instruction, Register, Strided, Tile, contiguous
 
 __all__ = ["Group", "schedule"]
@@ -149,7 +149,7 @@ def _steps(instruction: Instruction, size: int) -> list[tuple[Register, int | No
     """Each operand's register, out first, and its stride along the data; None where a datum has no part of its own."""
     loop = instruction.along(size)
     assert loop is not None
-    collects, anywhere = instruction.collects(loop), instruction.name == "gather" and loop == 3
+    collects, anywhere = instruction.collects(loop), instruction.op == Op.GATHER and loop == 3
     return [
         (x.register, None if (collects and i == 0) or (anywhere and i == 1) else _step(x, loop, size))
         for i, x in enumerate(instruction.operands)
@@ -180,13 +180,13 @@ def _cut(instructions: list[Instruction], size: int | None) -> list[Group]:
     for instruction in instructions:
         loop = instruction.along(size)
         assert loop is not None
-        if instruction.collects(loop) and instruction.name != "scatter_add":
+        if instruction.collects(loop) and instruction.op != Op.SCATTER_ADD:
             out = instruction.operands[0]
             assert out is not None
-            begin = {"amax": -torch.inf, "amin": torch.inf}.get(instruction.name, 0.0)
+            begin = {Op.AMAX: -torch.inf, Op.AMIN: torch.inf}.get(instruction.op, 0.0)
             constant = contiguous(Register(1, torch.tensor(begin, dtype=torch.float64)), ())
             whole = contiguous(out.register, (out.register.size,))
-            starts.append(Group([Instruction("copy", whole.sizes, (whole, constant.expanded(whole.sizes)))]))
+            starts.append(Group([Instruction(Op.COPY, whole.sizes, (whole, constant.expanded(whole.sizes)))]))
             instruction = replace(instruction, onto=True)
         cut.append(instruction)
     return [*starts, Group(cut, size)]

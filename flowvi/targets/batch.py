@@ -73,13 +73,13 @@ class BatchedGraph:
     def value_and_grad(self, z: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:
         """The first output (S,) and its gradient with respect to z (S, D), detached."""
         particles = len(z)
-        programs = self._lowered(z)
-        if programs is not None:
-            return programs[0](z)
         flat = self._flat.get(particles)
         if flat is not None:
             with torch.no_grad():
                 return flat(z, *shared)
+        programs = self._lowered(z)
+        if programs is not None:
+            return programs[0](z)
         if self._can_flatten:
             self._calls[particles] = self._calls.get(particles, 0) + 1
             if self._calls[particles] >= _FLATTEN_AFTER:
@@ -178,6 +178,8 @@ class BatchedGraph:
         compiled, report = compile_flat(flat, z, *shared, agree=close)
         if compiled is not None:
             self._flat[len(z)] = compiled
+        elif self._lowered(z, now=True) is not None:
+            del self._flat[len(z)]
         return report
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,7 +8,9 @@ next so many rows (its second number) are done again and again (its third), a ti
 
 from __future__ import annotations
 
-__all__ = ["ELEMENTWISE", "LANES", "NUMBERS", "TILES", "WIDTH"]
+from enum import IntEnum
+
+__all__ = ["ELEMENTWISE", "LANES", "TILES", "WIDTH", "Op"]
 
 LANES = 8
 """Particles in a block."""
@@ -16,26 +18,68 @@ LANES = 8
 WIDTH = 29
 TILES = -1
 
-_ALONG = ("sum", "amax", "amin", "cumsum", "matmul", "matmul_const", "gather", "scatter_add", "cholesky", "solve_lower")
-_COMMON = (
-    *("copy", "neg", "abs", "exp", "log", "log1p", "sqrt", "sigmoid", "tanh"),
-    *("add", "sub", "mul", "div", "max", "min", "pow", "where"),
-)
-_RARE = ("sign", "expm1", "sin", "cos", "lgamma", "digamma", "erf", "erfc", "isnan", "not")
-_TESTS = ("eq", "ne", "lt", "le", "gt", "ge", "and", "or")
 
-NUMBERS = {name: number for number, name in enumerate((*_ALONG, *_COMMON, *_RARE, *_TESTS))}
-"""The operations.
+class Op(IntEnum):
+    """The operations.
 
-- ``sum``, ``amax``, ``amin``: out along n0, n1 from a along n2, n3, and from what is in out where c is not 0.
-  ``cumsum`` along n3.
-- ``matmul``: out[n0, n1, n2] = sum over n3 of a b, where a doesn't move along n2 and b not along n1, added to what is
-  in out where c is not 0; ``matmul_const`` with b among constants that have no lanes.
-- ``gather``: out along n3 is a at the integers from c on; ``scatter_add`` adds b to out at those.
-- ``cholesky``: out, a matrix along n2, n3, becomes its lower factor, NaN where there is none.
-- ``solve_lower``: out, rows along n3 and columns along n1, becomes a^-1 out; a is lower triangular, rows along n2 and
-  columns along n3.
-- All others loop over n0 to n3; ``where`` takes b where a is true, else c.
-"""
+    - SUM, AMAX, AMIN: out along n0, n1 from a along n2, n3, and from what is in out where c is not 0. CUMSUM and
+      CUMPROD along n3.
+    - MATMUL: out[n0, n1, n2] = sum over n3 of a b, where a doesn't move along n2 and b not along n1, added to what is
+      in out where c is not 0; MATMUL_CONST with b among constants that have no lanes.
+    - GATHER: out along n3 is a at the integers from c on; SCATTER_ADD adds b to out at those.
+    - CHOLESKY: out, a matrix along n2, n3, becomes its lower factor, NaN where there is none.
+    - SOLVE_LOWER: out, rows along n3 and columns along n1, becomes a^-1 out; a is lower triangular, rows along n2 and
+      columns along n3.
+    - From COPY on all loop over n0 to n3; WHERE takes b where a is true, else c. From SIGN on they are seldom met, and
+      share one loop.
+    """
 
-ELEMENTWISE = frozenset((*_COMMON, *_RARE, *_TESTS))
+    SUM = 0
+    AMAX = 1
+    AMIN = 2
+    CUMSUM = 3
+    CUMPROD = 4
+    MATMUL = 5
+    MATMUL_CONST = 6
+    GATHER = 7
+    SCATTER_ADD = 8
+    CHOLESKY = 9
+    SOLVE_LOWER = 10
+    COPY = 11
+    NEG = 12
+    ABS = 13
+    EXP = 14
+    LOG = 15
+    LOG1P = 16
+    SQRT = 17
+    SIGMOID = 18
+    TANH = 19
+    ADD = 20
+    SUB = 21
+    MUL = 22
+    DIV = 23
+    MAX = 24
+    MIN = 25
+    POW = 26
+    WHERE = 27
+    EQ = 28
+    NE = 29
+    LT = 30
+    LE = 31
+    GT = 32
+    GE = 33
+    AND = 34
+    OR = 35
+    SIGN = 36
+    EXPM1 = 37
+    SIN = 38
+    COS = 39
+    LGAMMA = 40
+    DIGAMMA = 41
+    ERF = 42
+    ERFC = 43
+    ISNAN = 44
+    NOT = 45
+
+
+ELEMENTWISE = frozenset(op for op in Op if op >= Op.COPY)

@@ -19,22 +19,12 @@ from typing import Any
 import numpy as np
 
 from flowvi.kernels.compiled import elementary
-from flowvi.kernels.compiled.instructions import LANES, NUMBERS, TILES
+from flowvi.kernels.compiled.instructions import LANES, TILES, Op
 from flowvi.kernels.compiled.jit import helper, kernel, stamp
 from flowvi.kernels.compiled.planar_small import at
 from flowvi.kernels.compiled.tanh import tanh
 
 __all__ = ["make_machine"]
-
-COPY, NEG, ABS, EXP, LOG, LOG1P = (NUMBERS[n] for n in ["copy", "neg", "abs", "exp", "log", "log1p"])
-SQRT, SIGMOID, TANH, ADD, SUB, MUL = (NUMBERS[n] for n in ["sqrt", "sigmoid", "tanh", "add", "sub", "mul"])
-DIV, MAX, MIN, POW, WHERE, EQ = (NUMBERS[n] for n in ["div", "max", "min", "pow", "where", "eq"])
-NE, LT, LE, GT, GE, AND = (NUMBERS[n] for n in ["ne", "lt", "le", "gt", "ge", "and"])
-OR, SUM, AMAX, AMIN, CUMSUM, MATMUL = (NUMBERS[n] for n in ["or", "sum", "amax", "amin", "cumsum", "matmul"])
-MATMUL_CONST, GATHER, SCATTER_ADD, CHOLESKY, SOLVE_LOWER = (
-    NUMBERS[n] for n in ["matmul_const", "gather", "scatter_add", "cholesky", "solve_lower"]
-)
-_RARE = NUMBERS["sign"]
 
 _FOLD = 64
 """So many numbers are added up before their sum is added: rounding errors stay small in float32."""
@@ -170,19 +160,22 @@ def _where(mem: Any, code: Any, o: int, a: int, b: int, c: int) -> None:
                     pc += sc
 
 
-@helper()
-def _cumsum(mem: Any, code: Any, o: int, a: int, b: int, c: int) -> None:
-    for i0 in range(code[5]):
-        for i1 in range(code[6]):
-            for i2 in range(code[7]):
-                po = o + i0 * code[9] + i1 * code[10] + i2 * code[11]
-                pa = a + i0 * code[13] + i1 * code[14] + i2 * code[15]
-                for j in range(LANES):
-                    total = mem[at(pa + j)]
-                    mem[at(po + j)] = total
-                    for i3 in range(1, code[8]):
-                        total += mem[at(pa + i3 * code[16] + j)]
-                        mem[at(po + i3 * code[12] + j)] = total
+def _cumulative(op: Callable[[Any, Any], Any]) -> Any:
+    @helper()
+    def loops(mem: Any, code: Any, o: int, a: int, b: int, c: int) -> None:
+        for i0 in range(code[5]):
+            for i1 in range(code[6]):
+                for i2 in range(code[7]):
+                    po = o + i0 * code[9] + i1 * code[10] + i2 * code[11]
+                    pa = a + i0 * code[13] + i1 * code[14] + i2 * code[15]
+                    for j in range(LANES):
+                        total = mem[at(pa + j)]
+                        mem[at(po + j)] = total
+                        for i3 in range(1, code[8]):
+                            total = op(total, mem[at(pa + i3 * code[16] + j)])
+                            mem[at(po + i3 * code[12] + j)] = total
+
+    return loops
 
 
 @helper()
@@ -352,32 +345,32 @@ def _power(x: Any, y: Any) -> Any:
 
 
 @helper()
-def _rare(number: int, x: Any) -> Any:
-    """An operation on one number that isn't worth a loop of its own, counted from _RARE on."""
-    if number == 0:
+def _rare(op: int, x: Any) -> Any:
+    """An operation on one number that isn't worth a loop of its own."""
+    if op == Op.SIGN:
         return x if x != x else (1.0 if x > 0 else (-1.0 if x < 0 else 0.0))
-    if number == 1:
+    if op == Op.EXPM1:
         return math.expm1(np.float64(x))
-    if number == 2:
+    if op == Op.SIN:
         return math.sin(x)
-    if number == 3:
+    if op == Op.COS:
         return math.cos(x)
-    if number == 4:
+    if op == Op.LGAMMA:
         return math.lgamma(np.float64(x))
-    if number == 5:
+    if op == Op.DIGAMMA:
         return _digamma(x)
-    if number == 6:
+    if op == Op.ERF:
         return math.erf(np.float64(x))
-    if number == 7:
+    if op == Op.ERFC:
         return math.erfc(np.float64(x))
-    if number == 8:
+    if op == Op.ISNAN:
         return 1.0 if x != x else 0.0
     return 1.0 if x == 0 else 0.0
 
 
 @helper()
 def _rares(mem: Any, code: Any, o: int, a: int, b: int, c: int) -> None:
-    number = code[0] - _RARE
+    op = code[0]
     for i0 in range(code[5]):
         for i1 in range(code[6]):
             for i2 in range(code[7]):
@@ -385,7 +378,7 @@ def _rares(mem: Any, code: Any, o: int, a: int, b: int, c: int) -> None:
                 pa = a + i0 * code[13] + i1 * code[14] + i2 * code[15]
                 for i3 in range(code[8]):
                     for j in range(LANES):
-                        mem[at(po + i3 * code[12] + j)] = _rare(number, mem[at(pa + i3 * code[16] + j)])
+                        mem[at(po + i3 * code[12] + j)] = _rare(op, mem[at(pa + i3 * code[16] + j)])
 
 
 def _test(op: Callable[[Any, Any], bool]) -> Any:
@@ -421,6 +414,7 @@ _EQ, _NE = _test(helper()(lambda x, y: x == y)), _test(helper()(lambda x, y: x !
 _LT, _LE = _test(helper()(lambda x, y: x < y)), _test(helper()(lambda x, y: x <= y))
 _GT, _GE = _test(helper()(lambda x, y: x > y)), _test(helper()(lambda x, y: x >= y))
 _AND, _OR = _test(helper()(lambda x, y: x != 0 and y != 0)), _test(helper()(lambda x, y: x != 0 or y != 0))
+_CUMSUM, _CUMPROD = _cumulative(helper()(lambda x, y: x + y)), _cumulative(helper()(lambda x, y: x * y))
 _SUM = _reduction(helper()(lambda x, y: x + y), 0.0, _FOLD)
 _AMAX, _AMIN = _reduction(_larger, -math.inf, 1 << 60), _reduction(_smaller, math.inf, 1 << 60)
 
@@ -459,75 +453,77 @@ def make_machine(dtype: type) -> Any:
                         op = code[0]
                         o, a = code[1] + tile * code[25], code[2] + tile * code[26]
                         b, c = code[3] + tile * code[27], code[4] + tile * code[28]
-                        if op == ADD:
+                        if op == Op.ADD:
                             _ADD(mem, code, o, a, b, c)
-                        elif op == COPY:
+                        elif op == Op.COPY:
                             _COPY(mem, code, o, a, b, c)
-                        elif op == NEG:
+                        elif op == Op.NEG:
                             _NEG(mem, code, o, a, b, c)
-                        elif op == ABS:
+                        elif op == Op.ABS:
                             _ABS(mem, code, o, a, b, c)
-                        elif op == EXP:
+                        elif op == Op.EXP:
                             _EXP(mem, code, o, a, b, c)
-                        elif op == LOG:
+                        elif op == Op.LOG:
                             _LOG(mem, code, o, a, b, c)
-                        elif op == LOG1P:
+                        elif op == Op.LOG1P:
                             _LOG1P(mem, code, o, a, b, c)
-                        elif op == SQRT:
+                        elif op == Op.SQRT:
                             _SQRT(mem, code, o, a, b, c)
-                        elif op == SIGMOID:
+                        elif op == Op.SIGMOID:
                             _SIGMOID(mem, code, o, a, b, c)
-                        elif op == TANH:
+                        elif op == Op.TANH:
                             _TANH(mem, code, o, a, b, c)
-                        elif op == SUB:
+                        elif op == Op.SUB:
                             _SUB(mem, code, o, a, b, c)
-                        elif op == MUL:
+                        elif op == Op.MUL:
                             _MUL(mem, code, o, a, b, c)
-                        elif op == DIV:
+                        elif op == Op.DIV:
                             _DIV(mem, code, o, a, b, c)
-                        elif op == MAX:
+                        elif op == Op.MAX:
                             _MAX(mem, code, o, a, b, c)
-                        elif op == MIN:
+                        elif op == Op.MIN:
                             _MIN(mem, code, o, a, b, c)
-                        elif op == POW:
+                        elif op == Op.POW:
                             _POW(mem, code, o, a, b, c)
-                        elif op == WHERE:
+                        elif op == Op.WHERE:
                             _where(mem, code, o, a, b, c)
-                        elif op == SUM:
+                        elif op == Op.SUM:
                             _SUM(mem, code, o, a, b, c)
-                        elif op == AMAX:
+                        elif op == Op.AMAX:
                             _AMAX(mem, code, o, a, b, c)
-                        elif op == AMIN:
+                        elif op == Op.AMIN:
                             _AMIN(mem, code, o, a, b, c)
-                        elif op == CUMSUM:
-                            _cumsum(mem, code, o, a, b, c)
-                        elif op == MATMUL:
+                        elif op == Op.CUMSUM:
+                            _CUMSUM(mem, code, o, a, b, c)
+                        elif op == Op.CUMPROD:
+                            _CUMPROD(mem, code, o, a, b, c)
+                        elif op == Op.MATMUL:
                             _matmul(mem, mem, False, code, o, a, b, c)
-                        elif op == MATMUL_CONST:
+                        elif op == Op.MATMUL_CONST:
                             _matmul(mem, constants, True, code, o, a, b, c)
-                        elif op == GATHER:
+                        elif op == Op.GATHER:
                             _gather(mem, indices, code, o, a, b, c)
-                        elif op == SCATTER_ADD:
+                        elif op == Op.SCATTER_ADD:
                             _scatter_add(mem, indices, code, o, a, b, c)
-                        elif op == CHOLESKY:
+                        elif op == Op.CHOLESKY:
                             _cholesky(mem, code, o, a, b, c)
-                        elif op == SOLVE_LOWER:
+                        elif op == Op.SOLVE_LOWER:
                             _solve_lower(mem, code, o, a, b, c)
-                        elif op == EQ:
+                        elif op == Op.EQ:
                             _EQ(mem, code, o, a, b, c)
-                        elif op == NE:
+                        elif op == Op.NE:
                             _NE(mem, code, o, a, b, c)
-                        elif op == LT:
+                        elif op == Op.LT:
                             _LT(mem, code, o, a, b, c)
-                        elif op == LE:
+                        elif op == Op.LE:
                             _LE(mem, code, o, a, b, c)
-                        elif op == GT:
+                        elif op == Op.GT:
                             _GT(mem, code, o, a, b, c)
-                        elif op == GE:
+                        elif op == Op.GE:
                             _GE(mem, code, o, a, b, c)
-                        elif op == AND:
+                        elif op == Op.AND:
                             _AND(mem, code, o, a, b, c)
-                        elif op == OR:
+                        elif op == Op.OR:
                             _OR(mem, code, o, a, b, c)
                         else:
                             _rares(mem, code, o, a, b, c)
