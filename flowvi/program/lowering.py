@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from flowvi.errors import TraceError
 from flowvi.kernels.compiled.instructions import ELEMENTWISE, Op
 from flowvi.program.instruction import Instruction, NotLowered, Register, Strided, contiguous
 from flowvi.program.program import Program, assemble
+from flowvi.targets.trace import trace
 
 __all__ = ["NUM_PARTICLES", "lower"]
 
@@ -54,6 +55,14 @@ class _View:
         return Strided(self.register, self.offset, tuple(n for n, _ in kept), tuple(s for _, s in kept))
 
 
+@dataclass(frozen=True)
+class _Folded:
+    """A tensor whose particles are no dimension of their own: it was reshaped for a product with a constant matrix."""
+
+    view: _View
+    sizes: tuple[int, ...]
+
+
 def lower(function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor) -> tuple[Program, Program]:
     """The programs of a graph: that of value and gradient, and that of the value alone.
 
@@ -64,8 +73,15 @@ def lower(function: Callable[[Tensor], tuple[Tensor, ...]], z: Tensor) -> tuple[
     Raises:
         NotLowered: there is something that the machine hasn't.
     """
-    with torch.no_grad():
-        graph = make_fx(lambda z: function(z), decomposition_table=_decompositions())(z)
+
+    def both(z: Tensor) -> dict[str, Tensor]:
+        value, grad = function(z)
+        return {"value": value, "grad": grad}
+
+    try:
+        graph = trace(both, {"z": z}, _decompositions()).module("value", "grad")
+    except TraceError as error:
+        raise NotLowered(str(error)) from error
     return _Lowering(graph, z).programs()
 
 
@@ -117,6 +133,8 @@ class _Lowering:
         handler = _HANDLERS.get(target)
         if handler is None:
             raise NotLowered(f"the operation {target}")
+        if any(isinstance(a, _Folded) for a in args) and handler not in (_reshape, _mm, _bmm):
+            raise NotLowered("a reshape that mixes particles")
         try:
             return handler(self, *args, **kwargs)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -205,8 +223,10 @@ class _Lowering:
         x = x[(None,) * (len(other.sizes) - x.dim())]
         return self.batched(self.constant(self.row(x, other.batch)), other.batch)
 
-    def pointwise(self, op: Op, *operands: Any) -> _View:
+    def pointwise(self, op: Op, *operands: Any) -> Any:
         """An elementwise operation; all dimensions to the left of the particles are kept."""
+        if not _has_view(operands):  # a power that was worked out before
+            raise NotLowered(f"{op.name} of constants")
         places = {len(x.sizes) - x.batch for x in operands if isinstance(x, _View)}
         if len(places) != 1:
             raise NotLowered("particles in different dimensions")
@@ -240,7 +260,7 @@ def _is_one(x: Strided) -> bool:
 def _has_view(tree: Any) -> bool:
     if isinstance(tree, dict):
         return any(map(_has_view, tree.values()))
-    return isinstance(tree, _View) or (isinstance(tree, tuple | list) and any(map(_has_view, tree)))
+    return isinstance(tree, _View | _Folded) or (isinstance(tree, tuple | list) and any(map(_has_view, tree)))
 
 
 def _dims(dims: Any, rank: int) -> list[int]:
@@ -279,9 +299,9 @@ def _sum_of_two(op: Op) -> Callable[..., _View]:
 def _div(walk: _Lowering, x: Any, y: Any, rounding_mode: str | None = None) -> _View:
     if rounding_mode is not None:
         raise NotLowered("a rounded division")
-    if not isinstance(y, _View):
+    if isinstance(y, Tensor) or (not isinstance(y, _View) and y):
         return walk.pointwise(Op.MUL, x, 1 / y)
-    if isinstance(x, _View) and 2 * _count(y) <= _count(x):
+    if isinstance(x, _View) and isinstance(y, _View) and 2 * _count(y) <= _count(x):
         return walk.pointwise(Op.MUL, x, walk.pointwise(Op.DIV, 1.0, y))
     return walk.pointwise(Op.DIV, x, y)
 
@@ -320,6 +340,10 @@ def _isinf(walk: _Lowering, x: _View) -> _View:
     return walk.pointwise(Op.EQ, walk.pointwise(Op.ABS, x), math.inf)
 
 
+def _full_like(walk: _Lowering, x: _View, value: float, **_: Any) -> Tensor:
+    return torch.full(x.sizes, value, dtype=walk.dtype)
+
+
 def _to_copy(walk: _Lowering, x: _View, dtype: torch.dtype | None = None, **_: Any) -> _View:
     if dtype not in (None, walk.dtype, torch.bool):
         raise NotLowered(f"numbers of another kind, {dtype}")
@@ -333,14 +357,16 @@ def _same(walk: _Lowering, x: _View, *_: Any, **__: Any) -> _View:
     return x
 
 
-def _reshape(walk: _Lowering, x: _View, sizes: Sequence[int]) -> _View:
+def _reshape(walk: _Lowering, x: Any, sizes: Sequence[int]) -> Any:
     sizes = list(sizes)
     if -1 in sizes:
         sizes[sizes.index(-1)] = math.prod(x.sizes) // max(1, -math.prod(sizes))
+    if isinstance(x, _Folded):
+        x = x.view
     before = math.prod(x.sizes[: x.batch])
     places = [d for d, n in enumerate(sizes) if n == x.sizes[x.batch] and math.prod(sizes[:d]) == before]
     if not places:
-        raise NotLowered("a reshape that mixes particles")
+        return _Folded(x, tuple(sizes))
     x = walk.plain(x)
     inner = contiguous(x.register, [n for d, n in enumerate(sizes) if d != places[0]])
     return walk.batched(inner, places[0])
@@ -480,18 +506,20 @@ def _stack(walk: _Lowering, parts: Sequence[Any], dim: int = 0) -> _View:
 
 
 def _pad(walk: _Lowering, x: _View, pad: Sequence[int], value: float = 0.0) -> _View:
-    sizes = list(x.sizes)
-    ends = list(zip(pad[::2], pad[1::2], strict=True))
-    dims = [len(sizes) - 1 - i for i in range(len(ends))]
-    if x.batch in dims or min(pad) < 0:
-        raise NotLowered("a padding of that kind")
-    for d, (before, after) in zip(dims, ends, strict=True):
-        sizes[d] += before + after
+    ends = {len(x.sizes) - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
+    for d, (before, after) in ends.items():  # fewer than none are cut off
+        x = _slice(walk, x, d, max(0, -before), x.sizes[d] - max(0, -after))
+    sizes = [n + sum(max(0, e) for e in ends.get(d, ())) for d, n in enumerate(x.sizes)]
+    if sizes == list(x.sizes):
+        return x
+    if sizes[x.batch] != x.sizes[x.batch]:
+        raise NotLowered("particles are added")
     out = walk.batched(walk.new([n for d, n in enumerate(sizes) if d != x.batch]), x.batch)
     walk.copy(walk.constant(value), out.inner)
     part = out
-    for d, (before, _) in zip(dims, ends, strict=True):
-        part = _slice(walk, part, d, before, before + x.sizes[d])
+    for d, (before, _) in ends.items():
+        if d != x.batch:
+            part = _slice(walk, part, d, max(0, before), max(0, before) + x.sizes[d])
     walk.copy(x.inner, part.inner)
     return out
 
@@ -569,6 +597,50 @@ def _index_put(walk: _Lowering, x: Any, indices: Sequence[Any], values: Any, acc
 def _index_select(walk: _Lowering, x: _View, dim: int, index: Tensor) -> _View:
     dim %= len(x.sizes)
     return _index(walk, x, [*[None] * dim, index])
+
+
+def _places(walk: _Lowering, sizes: Sequence[int], dim: int, index: Tensor) -> Tensor:
+    """Where in the whole of a tensor of one particle each number is that `gather` asks for."""
+    grid = list(torch.meshgrid(*[torch.arange(n) for n in index.shape], indexing="ij"))
+    grid[dim] = index % sizes[dim]
+    return sum((g * s for g, s in zip(grid, contiguous(walk.z, sizes).strides, strict=True)), torch.zeros_like(index))
+
+
+def _gather(walk: _Lowering, x: _View, dim: int, index: Any, **_: Any) -> _View:
+    dim %= len(x.sizes)
+    if not isinstance(index, Tensor) or dim == x.batch:
+        raise NotLowered("an index that depends on z")
+    row = walk.row(index, x.batch)
+    places = _places(walk, x.inner.sizes, dim - (x.batch < dim), row)
+    flat = walk.batched(Strided(walk.plain(x).register, 0, (math.prod(x.inner.sizes),), (1,)), 0)
+    return walk.batched(_index(walk, flat, [None, places]).inner, x.batch)
+
+
+def _scatter_at(accumulate: bool) -> Callable[..., _View]:
+    def handler(walk: _Lowering, x: Any, dim: int, index: Any, source: Any, **_: Any) -> _View:
+        dim %= index.dim() if isinstance(index, Tensor) else 1
+        batch = next((v.batch for v in (x, source) if isinstance(v, _View)), 0)
+        if not isinstance(index, Tensor) or dim == batch:
+            raise NotLowered("an index that depends on z")
+        if isinstance(source, _View):
+            source = _part(source, index.shape, source.strides)
+        elif isinstance(source, Tensor):
+            source = source[tuple(slice(n) for n in index.shape)]
+        else:
+            source = torch.full(index.shape, source, dtype=walk.dtype)
+        like = x if isinstance(x, _View) else source
+        x, source = walk.like(x, like), walk.like(source, walk.like(x, like))
+        if x.batch != batch or source.batch != batch:
+            raise NotLowered("particles in different dimensions")
+        sizes = x.inner.sizes
+        places = _places(walk, sizes, dim - (batch < dim), walk.row(index, batch)).reshape(-1)
+        flat, values = (
+            walk.batched(Strided(walk.plain(v).register, 0, (math.prod(v.inner.sizes),), (1,)), 0) for v in (x, source)
+        )
+        found = _index_put(walk, flat, [None, places], values, accumulate)
+        return walk.batched(contiguous(found.register, sizes), batch)
+
+    return handler
 
 
 # Along dimensions.
@@ -651,14 +723,24 @@ def _cumulative(op: Op) -> Callable[..., _View]:
     return handler
 
 
+def _prod(walk: _Lowering, x: _View, dim: int, keepdim: bool = False, dtype: Any = None) -> _View:
+    found = _select(walk, _cumulative(Op.CUMPROD)(walk, x, dim, dtype), dim, -1)
+    return _unsqueeze(walk, found, dim % len(x.sizes)) if keepdim else found
+
+
 # Matrices.
 
 
-def _mm(walk: _Lowering, a: Any, b: Any) -> _View:
+def _mm(walk: _Lowering, a: Any, b: Any) -> Any:
     """A matrix product of which one factor may be constant; a has rows n, b columns m, k is summed over."""
-    if isinstance(a, Tensor):
+    if isinstance(a, _Folded) and isinstance(b, Tensor):
+        if a.view.sizes[-1] != len(b) or a.view.batch == len(a.view.sizes) - 1:
+            raise NotLowered("a reshape that mixes particles")
+        found = _rows_times(walk, a.view, b)
+        return _Folded(found, (a.sizes[0], b.shape[1]))
+    if isinstance(a, Tensor) and isinstance(b, _View):
         return _permute(walk, _mm(walk, _permute(walk, b, [1, 0]), a.mT), [1, 0])
-    if isinstance(b, _View):
+    if not isinstance(a, _View) or not isinstance(b, Tensor):
         raise NotLowered("a product over particles")
     if a.batch != 0:  # x (k', S) is a product over particles; (S, k) is a row for each
         raise NotLowered("a product over particles")
@@ -670,6 +752,17 @@ def _mm(walk: _Lowering, a: Any, b: Any) -> _View:
     return walk.batched(out, 0)
 
 
+def _rows_times(walk: _Lowering, x: _View, b: Tensor) -> _View:
+    """Each row of x, which may have any number of dimensions, times the same matrix."""
+    x = walk.plain(x)
+    *outer, k = x.inner.sizes
+    rows, m = math.prod(outer), b.shape[1]
+    out = walk.new([rows, m])
+    source = Strided(x.register, 0, (1, rows, m, k), (0, k, 0, 1))
+    _times_constant(walk, Strided(out.register, 0, source.sizes, (0, m, 1, 0)), source, b.mT[None])
+    return walk.batched(contiguous(out.register, [*outer, m]), x.batch)
+
+
 def _times_constant(walk: _Lowering, out: Strided, a: Strided, b: Tensor) -> None:
     """B (n0 or 1, n2, n3) for loops n0, n1, n2, n3."""
     values = b.to(walk.dtype).contiguous()
@@ -679,34 +772,15 @@ def _times_constant(walk: _Lowering, out: Strided, a: Strided, b: Tensor) -> Non
     walk.emit(Op.MATMUL_CONST, a.sizes, out, a, None, index=index, strides=strides)
 
 
-def _bmm(walk: _Lowering, a: Any, b: Any) -> _View:
+def _bmm(walk: _Lowering, a: Any, b: Any) -> Any:
     """Matrix products of each particle, or of each of a number of matrices with the same number for each particle."""
+    if isinstance(a, _Folded) or isinstance(b, _Folded):
+        return _bmm_folded(walk, a, b)
     first = a if isinstance(a, _View) else b
     if first.batch == 0:
-        if isinstance(b, Tensor):
-            row = walk.row(b, 0)
-            x = a.inner
-            (n, k), m = x.sizes, row.shape[1]
-            out = walk.new([n, m])
-            source = Strided(x.register, x.offset, (1, n, m, k), (0, x.strides[0], 0, x.strides[1]))
-            _times_constant(walk, Strided(out.register, 0, source.sizes, (0, m, 1, 0)), source, row.mT[None])
-            return walk.batched(out, 0)
-        if isinstance(a, Tensor):
-            swapped = _bmm(walk, _permute(walk, b, [0, 2, 1]), a.mT)
-            return _permute(walk, swapped, [0, 2, 1])
-        if b.batch != 0:
-            raise NotLowered("particles in different dimensions")
-        x, y = a.inner, b.inner
-        (n, k), m = x.sizes, y.sizes[1]
-        out, loops = walk.new([n, m]), (1, n, m, k)
-        walk.emit(
-            Op.MATMUL,
-            loops,
-            Strided(out.register, 0, loops, (0, m, 1, 0)),
-            Strided(x.register, x.offset, loops, (0, x.strides[0], 0, x.strides[1])),
-            Strided(y.register, y.offset, loops, (0, 0, y.strides[1], y.strides[0])),
-        )
-        return walk.batched(out, 0)
+        a, b = (x if isinstance(x, _View) else walk.row(x, 0) for x in (a, b))
+        found = _matrices(walk, *(x.unsqueeze(0) if isinstance(x, Tensor) else _unsqueeze(walk, x, 1) for x in (a, b)))
+        return _squeeze(walk, found, 1)
     if isinstance(a, _View) and isinstance(b, Tensor) and a.batch == 1:  # (g, S, k) (g, k, m)
         x = a.inner
         (g, k), m = x.sizes, b.shape[2]
@@ -717,6 +791,42 @@ def _bmm(walk: _Lowering, a: Any, b: Any) -> _View:
     if isinstance(a, Tensor) and isinstance(b, _View) and b.batch == 2:
         return _permute(walk, _bmm(walk, _permute(walk, b, [0, 2, 1]), a.mT), [0, 2, 1])
     raise NotLowered("a product over particles")
+
+
+def _bmm_folded(walk: _Lowering, a: Any, b: Any) -> _Folded:
+    """Several matrices of each particle, the dimension of particles folded into that of the matrices."""
+    each = list[Any]()
+    for x in (a, b):
+        n, *matrix = x.sizes if isinstance(x, _Folded) else x.shape
+        sizes = [walk.particles, n // walk.particles, *matrix]
+        if isinstance(x, Tensor):
+            each.append(walk.row(x.reshape(sizes), 0))
+        elif x.view.batch == 0:
+            each.append(_reshape(walk, x.view, sizes))
+        else:
+            raise NotLowered("a reshape that mixes particles")
+    found = _matrices(walk, *each)
+    return _Folded(found, (math.prod(found.sizes[:2]), *found.sizes[2:]))
+
+
+def _matrices(walk: _Lowering, a: Any, b: Any) -> _View:
+    """(S, g, n, k) times (S, g, k, m), one of which may be a constant without S."""
+    if isinstance(a, Tensor):
+        return _transpose(walk, _matrices(walk, _transpose(walk, b, 2, 3), a.mT), 2, 3)
+    if isinstance(b, _View) and b.batch != a.batch:
+        raise NotLowered("particles in different dimensions")
+    x = a.inner
+    (g, n, k), m = x.sizes, (b.sizes if isinstance(b, _View) else b.shape)[-1]
+    out, loops = walk.new([g, n, m]), (g, n, m, k)
+    to = Strided(out.register, 0, loops, (n * m, m, 1, 0))
+    source = Strided(x.register, x.offset, loops, (x.strides[0], x.strides[1], 0, x.strides[2]))
+    if isinstance(b, Tensor):
+        _times_constant(walk, to, source, b.mT)
+    else:
+        y = b.inner
+        factor = Strided(y.register, y.offset, loops, (y.strides[0], 0, y.strides[2], y.strides[1]))
+        walk.emit(Op.MATMUL, loops, to, source, factor)
+    return walk.batched(out, 0)
 
 
 def _cholesky_ex(walk: _Lowering, x: _View, *, upper: bool = False, check_errors: bool = False) -> tuple[_View, _View]:
@@ -811,6 +921,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.rsqrt.default: _rsqrt,
     aten.isinf.default: _isinf,
     aten.where.self: _where,
+    aten.full_like.default: _full_like,
     aten._to_copy.default: _to_copy,
     **{getattr(aten, name).default: _same for name in ("alias", "clone", "detach", "lift_fresh_copy")},
     aten.view.default: _reshape,
@@ -838,10 +949,15 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _index,
     aten.index_put.default: _index_put,
     aten.index_select.default: _index_select,
+    aten.gather.default: _gather,
+    aten.scatter.src: _scatter_at(False),
+    aten.scatter.value: _scatter_at(False),
+    aten.scatter_add.default: _scatter_at(True),
     aten.sum.dim_IntList: _reduction(Op.SUM),
     aten.amax.default: _reduction(Op.AMAX),
     aten.amin.default: _reduction(Op.AMIN),
     aten.mean.dim: _mean,
+    aten.prod.dim_int: _prod,
     aten.cumsum.default: _cumulative(Op.CUMSUM),
     aten.cumprod.default: _cumulative(Op.CUMPROD),
     aten.mm.default: _mm,

@@ -20,6 +20,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyro
@@ -134,8 +135,9 @@ for _name in _READS_MEMORY:
 class _Tracer(TorchDispatchMode):
     """Sees every operation, and records those that depend on an input or on a live parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()
+        self.decompositions = decompositions
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
         self.refusal: str | None = None
@@ -201,6 +203,12 @@ class _Tracer(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._linalg_check_errors.default:
             return None
+        if self.decompositions:
+            args, kwargs = tree_unflatten(flat, spec)
+            with self:
+                out = self.decompositions.get(func, func.decompose)(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if func is aten.cholesky.default:
             upper = args[1] if len(args) > 1 else False
             return self.__torch_dispatch__(aten.linalg_cholesky_ex.default, types, (args[0],), {"upper": upper})[0]
@@ -289,12 +297,17 @@ class _Tracer(TorchDispatchMode):
         return func, *tree_flatten(((x, new, *rest), kwargs))
 
 
-def trace(function: Callable[..., Mapping[str, Tensor]], inputs: Mapping[str, Tensor]) -> Recording:
+def trace(
+    function: Callable[..., Mapping[str, Tensor]],
+    inputs: Mapping[str, Tensor],
+    decompositions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
+) -> Recording:
     """Runs `function` once on traced inputs and returns the graph of what depends on them.
 
     Args:
         function: takes the inputs by position, in order; returns tensors by name.
         inputs: the graph's inputs by name, at the point where it is traced.
+        decompositions: operations that are to be written as simpler ones, and how.
 
     Returns:
         The recording of all outputs.
@@ -303,13 +316,13 @@ def trace(function: Callable[..., Mapping[str, Tensor]], inputs: Mapping[str, Te
         TraceError: if Python code reads the value of a traced tensor, or an operation can't be recorded. The
             message says what was met and, where it can be found, the line of the user's code.
     """
-    tracer = _Tracer()
+    tracer = _Tracer(decompositions)
     try:
         return _run(tracer, function, inputs)
     except Exception as error:
         if not tracer.in_place:
             raise _as_trace_error(error, tracer) from error
-    tracer = _Tracer()
+    tracer = _Tracer(decompositions)
     try:
         with _NoMemory():
             return _run(tracer, function, inputs, functionalize=True)
@@ -333,7 +346,7 @@ def _run(
 
     run = torch.func.functionalize(flat) if functionalize else flat
     traced = [tracer.placeholder(name, value) for name, value in inputs.items()]
-    with torch.no_grad(), tracer:
+    with torch.no_grad(), tracer, _NoSqueezeInPlace():
         values = run(*traced)
         outputs = {name: tracer.node(tracer.lift(value)) for name, value in zip(names, values, strict=True)}
     tracer.check_constants()
@@ -350,6 +363,18 @@ def _as_trace_error(error: Exception, tracer: _Tracer) -> TraceError:
     else:
         reason = f"{type(error).__name__} while tracing: {str(error).strip()}"
     return TraceError(reason + _users_line(error))
+
+
+_MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+
+class _NoSqueezeInPlace(TorchFunctionMode):
+    """A vector times a matrix without the `squeeze_` by which torch computes it, which no trace can follow."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _MATMUL and len(args) == 2 and args[0].ndim == 1 and args[1].ndim > 1:
+            return func(args[0].unsqueeze(0), args[1]).squeeze(-2)
+        return func(*args, **(kwargs or {}))
 
 
 class _NoMemory(TorchFunctionMode):
