@@ -106,6 +106,7 @@ class Posterior:
         seed = as_seed(seed)
         if flow.dim != density.dim:
             raise DimensionError(f"the flow has D = {flow.dim}, the target {density.dim}: they must agree.")
+        density.prepare()
         self.flow = flow
         self.density = density
         self.config = dict(config)

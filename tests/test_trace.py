@@ -64,7 +64,12 @@ def data_decides(z):
     return scale * z[:n][data[keep]] + z.reshape(2, 2).T.contiguous().view(-1)[data[keep]]
 
 
-@pytest.mark.parametrize("function", [fill, views, masked_assignment, plain_buffer, data_decides])
+def vector_times_matrix(z):
+    x = torch.linspace(-1, 1, 12, dtype=F64).reshape(4, 3)
+    return (z @ x).sum() * torch.matmul(z, x.expand(2, 4, 3)) + z.matmul(x)  # torch squeezes these in place
+
+
+@pytest.mark.parametrize("function", [fill, views, masked_assignment, plain_buffer, data_decides, vector_times_matrix])
 def test_a_graph_is_the_code_and_so_is_its_batch(function):
     graph = traced(function, 4)
     z = torch.randn(6, 4, dtype=F64)

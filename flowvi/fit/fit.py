@@ -283,6 +283,7 @@ def fit(
     start = time.perf_counter()
     with job.quiet():
         density = as_density(target, args=args, kwargs=kwargs, dim=dim, dtype=dtype, device=local_device(device, job))
+        density.prepare()
     timing["trace"] = time.perf_counter() - start
 
     label = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)

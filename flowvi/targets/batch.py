@@ -96,6 +96,14 @@ class BatchedGraph:
             self._can_lower = self._programs is not None
         return self._programs
 
+    def prepare(self, z: Tensor) -> None:
+        """Have the programs now, if there can be any, and not from a later call on.
+
+        Args:
+            z: (S, D), points where they must give what autograd gives.
+        """
+        self._lowered(z, now=True)
+
     def _lower(self, z: Tensor) -> tuple[Program, Program] | None:
         """Programs that give what autograd gives at these points, or None."""
         points = z[:_MOST_POINTS]
@@ -163,7 +171,8 @@ class BatchedGraph:
             *shared: the shared inputs.
             num_calls: how many calls are to come; 0 only flattens, and None compiles in any case.
         """
-        if num_calls is not None and self._lowered(z, now=True) is not None:
+        programs = self._lowered(z, now=True)
+        if programs is not None and num_calls is not None:
             return CompileReport(False, "it is a program of flowvi's own machine, which needs no compiling")
         flat = self.flatten(z, *shared)
         if flat is None:
@@ -175,10 +184,11 @@ class BatchedGraph:
             flat_seconds = seconds_per_call(flat.forward, z, *shared)
             if not repays(flat_seconds, num_nodes, num_calls):
                 return CompileReport(False, "the calls to come would not repay compiling", flat_seconds)
-        compiled, report = compile_flat(flat, z, *shared, agree=close)
+        current = None if programs is None else programs[0]
+        compiled, report = compile_flat(flat, z, *shared, agree=close, current=current)
         if compiled is not None:
             self._flat[len(z)] = compiled
-        elif self._lowered(z, now=True) is not None:
+        elif programs is not None:
             del self._flat[len(z)]
         return report
 

@@ -122,6 +122,9 @@ class LogDensity(ABC):
         """
         return CompileReport(False, f"a target of the kind {self.path!r} is not compiled")
 
+    def prepare(self) -> None:  # noqa: B027 - there may be nothing to do
+        """Do now what would be done after a few calls to make later ones quicker, so that all of them round alike."""
+
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """The values of all sites at z, without gradients.
 

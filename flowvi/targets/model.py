@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -309,6 +310,20 @@ class ModelDensity(LogDensity):
         grads = [torch.full_like(z[0], math.nan) if grad is None else grad for _, grad in pairs]
         return torch.stack(values), torch.stack(grads)
 
+    def prepare(self) -> None:
+        """See `LogDensity`."""
+        if self.subsampled:
+            with suppress(FlowVIError):  # the model needs its minibatch; `full` says so when it is asked for
+                self.full.prepare()
+        elif self._graph is not None:
+            self._graph.prepare(self._points_near(64, 2.0))
+
+    def _points_near(self, size: int, width: float) -> Tensor:
+        """Points (size, D) in a box around that where the graph was traced, always the same."""
+        generator = torch.Generator().manual_seed(0)
+        shift = torch.rand(size, self.dim, generator=generator, dtype=self.dtype).to(self.device) - 0.5
+        return self._start + width * shift
+
     def compile(self, num_particles: int, *, num_calls: int | None = None) -> CompileReport:
         """See `LogDensity`."""
         positive_integers(num_particles=num_particles)
@@ -316,9 +331,7 @@ class ModelDensity(LogDensity):
             whole_numbers(num_calls=num_calls)
         if self._graph is None:
             return super().compile(num_particles)
-        generator = torch.Generator().manual_seed(0)
-        shift = torch.rand(num_particles, self.dim, generator=generator, dtype=self.dtype).to(self.device) - 0.5
-        return self._graph.compile(self._start + 0.1 * shift, *self._indices(), num_calls=num_calls)
+        return self._graph.compile(self._points_near(num_particles, 0.1), *self._indices(), num_calls=num_calls)
 
     def _constrain(self, z: Tensor) -> dict[str, Tensor]:
         if self.subsampled and self.deterministic:  # they may be inside the plate
