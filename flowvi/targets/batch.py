@@ -113,11 +113,12 @@ class BatchedGraph:
             return None
         try:
             programs = lower(flat.forward, few)
+            value, grad = self._by_autograd(points)
+            found = (*programs[0](points), programs[1](points)[0])
+            same = all(close(a, b) for a, b in zip(found, (value, grad, value), strict=True))
         except (NotLowered, RuntimeError):
             return None
-        value, grad = self._by_autograd(points)
-        found = (*programs[0](points), programs[1](points)[0])
-        return programs if all(close(a, b) for a, b in zip(found, (value, grad, value), strict=True)) else None
+        return programs if same else None
 
     def _by_autograd(self, z: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
