@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -45,6 +47,8 @@ class KnownTarget:
         std: of the judged quantities (M,), float64.
         source: "formula" or "quadrature".
         judged: z (n, D) -> the judged quantities (n, M).
+        model: a Pyro model of this density whose only site, x, is the judged quantities; None where z itself is judged,
+            or something that a user would work out of it.
     """
 
     family: str
@@ -55,14 +59,23 @@ class KnownTarget:
     std: Tensor
     source: str = "formula"
     judged: Callable[[Tensor], Tensor] = coordinates
+    model: Callable[[], None] | None = None
 
-    def errors(self, z: Tensor) -> tuple[float, float]:
+    @property
+    def fitted(self) -> dict[str, Any]:
+        """The arguments of `flowvi.fit`: the model, else the log density."""
+        return {"target": self.log_prob, "dim": self.dim} if self.model is None else {"target": self.model}
+
+    def seen(self, draws: Mapping[str, Tensor]) -> Tensor:
+        """The judged quantities (n, M) in a posterior's draws, float64."""
+        return self.judged(draws["z"].double()) if self.model is None else draws["x"].double()
+
+    def errors(self, x: Tensor) -> tuple[float, float]:
         """The worst error of a mean, in true sds, and the worst relative error of an sd.
 
         Args:
-            z: Draws (n, D).
+            x: Draws of the judged quantities (n, M).
         """
-        x = self.judged(z.double())
         worst_mean = ((x.mean(0) - self.mean).abs() / self.std).max().item()
         worst_std = (x.std(0) / self.std - 1).abs().max().item()
         return worst_mean, worst_std
@@ -298,22 +311,27 @@ def eight_modes(random: Random, dim: int) -> KnownTarget:
 
 
 def positive(random: Random, dim: int) -> KnownTarget:
-    """Positive and unit-interval quantities on the log and logit scale, judged as a user sees them."""
+    """Positive and unit-interval quantities on the log and logit scale: a model, judged as its user sees them."""
     kind = random.choice(("correlated log-normal", "gamma", "beta"))
     judged: Callable[[Tensor], Tensor] = torch.exp
+    prior: dist.TorchDistribution
     if kind == "correlated log-normal":
         s, rho = random.uniform(0.2, 1.0), random.uniform(0.0, 0.95)
         correlation = torch.full((dim, dim), rho, dtype=torch.float64) + (1 - rho) * torch.eye(dim).double()
         loc = random.uniforms(dim, -2.0, 2.0)
         unit = Canonical(kind, lambda x: normal_log_prob(x).sum(-1), torch.zeros(dim).double(), torch.eye(dim).double())
-        log_prob = moved("positive", unit, loc, s * torch.linalg.cholesky(correlation)).log_prob
+        factor = s * torch.linalg.cholesky(correlation)
+        log_prob = moved("positive", unit, loc, factor).log_prob
         mean = torch.exp(loc + s**2 / 2)
         std = mean * math.sqrt(math.expm1(s**2))
         words = f"{kind}, s = {s:.2g}, correlation {rho:.2g}"
+        normal = dist.MultivariateNormal(loc.float(), scale_tril=factor.float())
+        prior = dist.TransformedDistribution(normal, [dist.transforms.ExpTransform()])
     elif kind == "gamma":
         shape = torch.exp(random.uniforms(dim, math.log(0.3), math.log(10.0)))
         rate = torch.exp(random.uniforms(dim, -2.0, 2.0))
         mean, std, words = shape / rate, shape.sqrt() / rate, "gamma on the log scale"
+        prior = dist.Gamma(shape.float(), rate.float()).to_event(1)
 
         def log_prob(z: Tensor) -> Tensor:
             a, b = shape.to(z), rate.to(z)
@@ -323,13 +341,17 @@ def positive(random: Random, dim: int) -> KnownTarget:
         a, b = (torch.exp(random.uniforms(dim, math.log(0.5), math.log(20.0))) for _ in range(2))
         mean, words, judged = a / (a + b), "beta on the logit scale", torch.sigmoid
         std = (a * b / (a + b + 1)).sqrt() / (a + b)
+        prior = dist.Beta(a.float(), b.float()).to_event(1)
 
         def log_prob(z: Tensor) -> Tensor:
             log_beta = (a.lgamma() + b.lgamma() - (a + b).lgamma()).to(z)
             softplus = torch.nn.functional.softplus
             return (-a.to(z) * softplus(-z) - b.to(z) * softplus(z) - log_beta).sum(-1)
 
-    return KnownTarget("positive", words, dim, log_prob, mean, std, judged=judged)
+    def model() -> None:
+        pyro.sample("x", prior)
+
+    return KnownTarget("positive", words, dim, log_prob, mean, std, judged=judged, model=model)
 
 
 SHAPES: Mapping[str, Callable[[Random, int], KnownTarget]] = {

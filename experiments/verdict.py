@@ -3,7 +3,8 @@
 A fit is right where no mean is off by more than .1 true sd and no sd by more than 10%, wrong where one is off by more
 than .25, and between them neither. Means and sds are those of 200,000 draws of q against exact ones
 (`experiments.known_targets`). About two fits of five are spoiled on purpose: cut short, with too few layers, only
-affine, or without whitening; all others are `flowvi.fit(log_prob, dim=D)` with nothing set.
+affine, or without whitening; all others are `flowvi.fit(log_prob, dim=D)` with nothing set, or `flowvi.fit(model)` of
+what is positive.
 
 Every number that a rule could use is kept for each fit. `best_threshold` chooses on the odd-numbered fits and is
 judged on the even-numbered ones.
@@ -144,7 +145,7 @@ def fit_one(config: Config, index: int) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FlowVIWarning)  # the row says it
-            posterior = flowvi.fit(target.log_prob, dim=target.dim, seed=index, progress=False, verify=False, **chosen)
+            posterior = flowvi.fit(**target.fitted, seed=index, progress=False, verify=False, **chosen)
             if posterior.config.get("stopped") == "interrupted":  # a fit returns at Ctrl-C; here it means: all of it
                 raise KeyboardInterrupt
             row["seconds_fit"] = time.perf_counter() - start
@@ -157,7 +158,7 @@ def fit_one(config: Config, index: int) -> dict[str, Any]:
 
 def measure(config: Config, target: KnownTarget, posterior: flowvi.Posterior) -> dict[str, Any]:
     """Errors of q's moments, and every number of the diagnosis."""
-    error_mean, error_sd = target.errors(posterior.sample(config.num_draws, seed=1)["z"])
+    error_mean, error_sd = target.errors(target.seen(posterior.sample(config.num_draws, seed=1)))
     error = max(error_mean, error_sd)
     start = time.perf_counter()
     found = posterior.diagnose()
@@ -179,10 +180,9 @@ def measure(config: Config, target: KnownTarget, posterior: flowvi.Posterior) ->
 
 def _resampled(config: Config, target: KnownTarget, posterior: flowvi.Posterior) -> dict[str, Any]:
     """What importance resampling makes of the judged quantities: errors, and how far it moves them."""
-    before = target.judged(posterior.sample(config.num_resampled, seed=2)["z"].double())
-    z = posterior.resample(config.num_resampled, seed=2)["z"]
-    after = target.judged(z.double())
-    error_mean, error_sd = target.errors(z)
+    before = target.seen(posterior.sample(config.num_resampled, seed=2))
+    after = target.seen(posterior.resample(config.num_resampled, seed=2))
+    error_mean, error_sd = target.errors(after)
     sd = after.std(0)
     return {
         "resample_error_mean": error_mean,

@@ -12,6 +12,7 @@ from scipy import stats
 
 pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib: pip install 'flowvi[experiments]'")
 
+import flowvi
 from experiments import known_models, known_targets, peers, truth, verdict
 from experiments.known_targets import Random
 from experiments.posteriors import exact, load_references
@@ -133,6 +134,17 @@ def test_targets_by_number():
         torch.testing.assert_close(value.double(), target.log_prob(z.double()), rtol=1e-3, atol=1e-2)
         assert target.mean.shape == target.std.shape == target.judged(z.double()).shape[1:]
         assert (target.std > 0).all()
+
+
+def test_what_is_positive_is_a_model_with_the_same_density():
+    found = [known_models.FAMILIES["positive"](Random(seed), 3) for seed in range(12)]
+    assert len({target.name.split(",")[0] for target in found}) == 3
+    for target in found:
+        density = flowvi.as_density(**{k: v for k, v in target.fitted.items() if k != "dim"})
+        z = torch.randn(20, 3)
+        torch.testing.assert_close(density(z).double(), target.log_prob(z.double()), rtol=1e-4, atol=1e-3)
+        x = target.seen(density.constrain(z))
+        torch.testing.assert_close(x, target.judged(z.double()), rtol=1e-4, atol=1e-5)
 
 
 def test_errors_of_draws():
