@@ -138,7 +138,7 @@ def _notes(config: Config) -> list[str]:
         "others' have not. flowjax's is one jitted function whose result is waited for once a round. Pyro's is "
         "SVI.step with AutoNormalizingFlow and vectorized particles. the couplings of zuko and "
         "normflows have flowvi's layers, widths and bins; normflows' spline networks are residual.",
-        "eight schools: flowvi's is fit's step on the model's flat graph, not compiled; Pyro's is SVI.step on the same "
+        "eight schools: flowvi's is fit's step on the model's program; Pyro's is SVI.step on the same "
         "model, which broadcasts over particles.",
         "slope: least squares through the larger half of a sweep's sizes, in logarithms.",
         "start: a new process for each number; the first step is a fit of one step, after the import, with compiled "

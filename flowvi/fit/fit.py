@@ -151,8 +151,9 @@ def fit(
             is left alone either way.
         device: where to compute; the model's arguments are moved there.
         dtype: of the computation; torch's default, or float64 if an argument is.
-        compile: whether the target's value and gradient go through Inductor: "auto" (or None) for a model whose
-            steps to come would repay it, True in any case, False never. What is measured to be faster is kept;
+        compile: whether the target's value and gradient go through Inductor: "auto" (or None) for a model that is
+            no program of flowvi's own machine (`flowvi.program`: minibatches, rare operations, other devices) and
+            whose steps to come would repay it, True in any case, False never. What is measured to be faster is kept;
             without a C++ compiler nothing changes. ``posterior.config["compile"]`` says what was used, and why.
         progress: whether bars are shown; None shows them in a terminal or notebook.
         verify: whether the result is diagnosed and a plain warning given if it can't be trusted; True.
