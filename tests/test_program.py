@@ -217,6 +217,27 @@ def test_where_there_is_no_factor_it_is_nan_for_that_particle_alone():
     assert value[1:3].isnan().all()
 
 
+# What torch does at the edges.
+
+EDGES = {
+    "the sign of nan": lambda z: torch.where(z > 0, z.log().abs(), z).sum(),
+    "zero to the power of a half": lambda z: (z.relu() ** 0.5).sum() + (z**-0.5).detach().nan_to_num(0.0).sum(),
+    "digamma of zero": lambda z: z.relu().digamma().detach().clamp(min=-5).sum() + z.sum(),
+    "digamma far below zero": lambda z: 1e-8 * (z * 1e5 - 1e6).lgamma().sum() + z.sum(),
+    "a tiny divisor": lambda z: (z * 1e-300 / 1e-310).sum(),
+    "a divisor of zero": lambda z: torch.where(z > 0, z, 0.0).sum() + (z / torch.zeros(4, dtype=z.dtype)).sign().sum(),
+    "minus zero": lambda z: (torch.tensor([0.0, -0.0], dtype=z.dtype) * z[0].square()).reciprocal().clamp(-5, 5)[1],
+    "truth as a number": lambda z: ((z > 0) * z).sum() + torch.where(z > 0, z > 1, z > -1).to(z.dtype).sum() * z[0],
+    "a count": lambda z: (z > 0).sum() * z.sum() + (z.reshape(2, 2) > 0).sum(1).to(z.dtype).square().sum(),
+    "clamps of nan": lambda z: torch.where(z > 0, z.log().clamp(-1, 1), z).sum(),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_at_the_edges_it_is_as_torch(name):
+    check(EDGES[name], 4)
+
+
 # Along the data, tile by tile.
 
 
@@ -300,6 +321,11 @@ def test_chains_of_operations(steps):
 REFUSED = {
     "numbers of two kinds": lambda z: (z.to(F32) * torch.ones(4)).sum().to(z.dtype),
     "an operation of another kind": lambda z: torch.special.i0(z).sum(),
+    "truth values added": lambda z: (((z > 0) + (z > -0.5)) * z).sum(),
+    "bits of a count": lambda z: (~(z > 0).sum() * z).sum(),
+    "truth values times a number": lambda z: ((z > 0) * 0.1 * z).sum(),
+    "a table read at a latent": lambda z: (z[0] * torch.arange(6.0, dtype=z.dtype).gather(0, z.argmax()[None])).sum(),
+    "a diagonal outside": lambda z: z.reshape(2, 2).diagonal(4).cumsum(0).sum() + z.exp().sum(),
     "an order that depends on z": lambda z: z.sort().values[0],
     "an index that depends on z": lambda z: z.gather(0, z.argmax(keepdim=True))[0],
     "an empty tensor": lambda z: z[:0].sum() + z.sum(),
@@ -402,6 +428,18 @@ def test_a_particles_numbers_do_not_depend_on_the_others():
     assert found[0][4].isnan()
     keep = torch.arange(100) != 4
     assert torch.equal(found[0][keep], value[keep])
+
+
+def test_forward_mode_and_other_dtypes_are_torchs():
+    density = flowvi.as_density(model, dtype=F64)
+    z = points(8, density.dim)
+    graph = used(density, z)._graph
+    _, tangent = torch.func.jvp(graph.value, (z,), (torch.ones_like(z),))
+    torch.testing.assert_close(tangent, graph.value_and_grad(z)[1].sum(1))
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = graph.value(torch.autograd.forward_ad.make_dual(z, torch.ones_like(z)))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    assert graph._lowered(z.float()) is None
 
 
 def test_a_parameter_that_changes_is_not_frozen():

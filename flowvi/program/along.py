@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ def _reduction(op: Op) -> Callable[..., View]:
         along = dims_of(dims if dims is not None and dims != [] else range(len(x.sizes)), len(x.sizes))
         if x.batch in along:
             raise NotLowered("a reduction over particles")
+        if x.kind != "float":
+            if op != Op.SUM or dtype is not None:
+                raise NotLowered(f"{op.name} of truth values or integers")
+            return replace(handler(walk, replace(x, kind="float"), dims, keepdim), kind="int")
         rank = len(x.sizes)
         if 1 < math.prod(x.sizes[d] for d in along) <= _FEW and len(along) == 1:
             found = _of_few(walk, op, x, along[0])
@@ -78,7 +83,7 @@ def _two_and_two(x: Strided, kept: list[int], reduced: list[int]) -> tuple[list[
 
 
 def _mean(walk: Walk, x: View, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> View:
-    total = _reduction(Op.SUM)(walk, x, dims, keepdim, dtype)
+    total = _SUM(walk, x, dims, keepdim, dtype)
     return walk.pointwise(Op.MUL, total, math.prod(total.inner.sizes) / math.prod(x.inner.sizes))
 
 
@@ -100,8 +105,10 @@ def _prod(walk: Walk, x: View, dim: int, keepdim: bool = False, dtype: Any = Non
     return views.unsqueeze(walk, found, dim % len(x.sizes)) if keepdim else found
 
 
-HANDLERS: dict[Any, Handler] = {
-    aten.sum.dim_IntList: _reduction(Op.SUM),
+_SUM = _reduction(Op.SUM)
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    aten.sum.dim_IntList: _SUM,
     aten.amax.default: _reduction(Op.AMAX),
     aten.amin.default: _reduction(Op.AMIN),
     aten.mean.dim: _mean,
@@ -109,4 +116,6 @@ HANDLERS: dict[Any, Handler] = {
     aten.cumsum.default: _cumulative(Op.CUMSUM),
     aten.cumprod.default: _cumulative(Op.CUMPROD),
 }
+
+HANDLERS = {target: Handler(function, takes_kinds=function is _SUM) for target, function in _FUNCTIONS.items()}
 """The operations by their handlers."""

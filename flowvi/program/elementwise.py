@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,8 +41,10 @@ def _sum_of_two(op: Op) -> Callable[..., View]:
 def _div(walk: Walk, x: Any, y: Any, rounding_mode: str | None = None) -> View:
     if rounding_mode is not None:
         raise NotLowered("a rounded division")
-    if isinstance(y, Tensor) or (not isinstance(y, View) and y):
-        return walk.pointwise(Op.MUL, x, 1 / y)
+    if not isinstance(y, View):
+        inverse = 1 / torch.as_tensor(y, dtype=walk.dtype)
+        if inverse.isfinite().all() and (not isinstance(y, Tensor) or y.dtype == walk.dtype):
+            return walk.pointwise(Op.MUL, x, inverse if isinstance(y, Tensor) else inverse.item())
     if isinstance(x, View) and isinstance(y, View) and 2 * _count(y) <= _count(x):
         return walk.pointwise(Op.MUL, x, walk.pointwise(Op.DIV, 1.0, y))
     return walk.pointwise(Op.DIV, x, y)
@@ -63,6 +66,8 @@ def _pow(walk: Walk, x: Any, y: Any) -> View:
             return out
         if y == -1:
             return walk.pointwise(Op.DIV, 1.0, x)
+        if y == -0.5:
+            return _rsqrt(walk, x)
     return walk.pointwise(Op.POW, x, y)
 
 
@@ -88,14 +93,16 @@ def _full_like(walk: Walk, x: View, value: float, **_: Any) -> Tensor:
 def _to_copy(walk: Walk, x: View, dtype: torch.dtype | None = None, **_: Any) -> View:
     if dtype not in (None, walk.dtype, torch.bool):
         raise NotLowered(f"numbers of another kind, {dtype}")
-    return walk.pointwise(Op.NE, x, 0.0) if dtype == torch.bool else x
+    if dtype == torch.bool:
+        return x if x.kind == "bool" else walk.pointwise(Op.NE, x, 0.0)
+    return x if dtype is None else replace(x, kind="float")
 
 
 def _where(walk: Walk, condition: Any, x: Any, y: Any) -> View:
     return walk.pointwise(Op.WHERE, condition, x, y)
 
 
-HANDLERS: dict[Any, Handler] = {
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **{
         getattr(aten, name).default: _unary(Op[name.upper()])
         for name in (
@@ -131,4 +138,6 @@ HANDLERS: dict[Any, Handler] = {
     aten.full_like.default: _full_like,
     aten._to_copy.default: _to_copy,
 }
+
+HANDLERS = {target: Handler(function, takes_kinds=True) for target, function in _FUNCTIONS.items()}
 """The operations by their handlers."""

@@ -12,14 +12,13 @@ from torch import Tensor
 from flowvi.kernels.compiled.instructions import Op
 from flowvi.program import views
 from flowvi.program.instruction import NotLowered, Strided, contiguous
-from flowvi.program.walk import Folded, Handler, View, Walk, takes_folded
+from flowvi.program.walk import Folded, Handler, View, Walk
 
 __all__ = ["HANDLERS"]
 
 aten = torch.ops.aten
 
 
-@takes_folded
 def _mm(walk: Walk, a: Any, b: Any) -> Any:
     """A matrix product of which one factor may be constant; a has rows n, b columns m, k is summed over."""
     if isinstance(a, Folded) and isinstance(b, Tensor):
@@ -61,7 +60,6 @@ def _times_constant(walk: Walk, out: Strided, a: Strided, b: Tensor) -> None:
     walk.emit(Op.MATMUL_CONST, a.sizes, out, a, None, index=index, strides=strides)
 
 
-@takes_folded
 def _bmm(walk: Walk, a: Any, b: Any) -> Any:
     """Matrix products of each particle, or of each of a number of matrices with the same number for each particle."""
     if isinstance(a, Folded) or isinstance(b, Folded):
@@ -176,7 +174,7 @@ def _triangle(upper: bool) -> Callable[..., View]:
     return handler
 
 
-HANDLERS: dict[Any, Handler] = {
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,
     aten.bmm.default: _bmm,
     aten.linalg_cholesky_ex.default: _cholesky_ex,
@@ -184,4 +182,6 @@ HANDLERS: dict[Any, Handler] = {
     aten.tril.default: _triangle(False),
     aten.triu.default: _triangle(True),
 }
+
+HANDLERS = {target: Handler(function, takes_folded=function in (_mm, _bmm)) for target, function in _FUNCTIONS.items()}
 """The operations by their handlers."""

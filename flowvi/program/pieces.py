@@ -99,7 +99,9 @@ def _integers(walk: Walk, index: Tensor) -> int:
     return len(walk.indices) - index.numel()
 
 
-def _index(walk: Walk, x: View, indices: Sequence[Any]) -> View:
+def _index(walk: Walk, x: Any, indices: Sequence[Any]) -> View:
+    if not isinstance(x, View):
+        raise NotLowered("an index that depends on z")
     start, stop, index = _indexed(walk, x.sizes, indices)
     if start <= x.batch < stop:
         raise NotLowered("particles are chosen")
@@ -134,9 +136,10 @@ def _index_put(walk: Walk, x: Any, indices: Sequence[Any], values: Any, accumula
     shape = [*merged[:start], *index.shape, *merged[start + 1 :]]
     if isinstance(values, View):
         values = views.expand(walk, values, shape)
+    elif x.batch < start:
+        values = walk.batched(walk.constant(walk.row(values.expand(shape), x.batch)), x.batch)
     else:
-        rows = walk.row(values.expand(shape), x.batch if x.batch < start else x.batch - stop + start + index.dim())
-        values = walk.batched(walk.constant(rows), x.batch)
+        raise NotLowered("particles that are not in front")
     values = views.reshape(walk, values, [*merged[:start], index.numel(), *merged[start + 1 :]])
     if values.batch != target.batch:
         raise NotLowered("particles are chosen")
@@ -146,7 +149,9 @@ def _index_put(walk: Walk, x: Any, indices: Sequence[Any], values: Any, accumula
     return walk.batched(whole, x.batch)
 
 
-def _index_select(walk: Walk, x: View, dim: int, index: Tensor) -> View:
+def _index_select(walk: Walk, x: Any, dim: int, index: Any) -> View:
+    if not isinstance(x, View):
+        raise NotLowered("an index that depends on z")
     dim %= len(x.sizes)
     return _index(walk, x, [*[None] * dim, index])
 
@@ -158,10 +163,10 @@ def _places(walk: Walk, sizes: Sequence[int], dim: int, index: Tensor) -> Tensor
     return sum((g * s for g, s in zip(grid, contiguous(walk.z, sizes).strides, strict=True)), torch.zeros_like(index))
 
 
-def _gather(walk: Walk, x: View, dim: int, index: Any, **_: Any) -> View:
-    dim %= len(x.sizes)
-    if not isinstance(index, Tensor) or dim == x.batch:
+def _gather(walk: Walk, x: Any, dim: int, index: Any, **_: Any) -> View:
+    if not isinstance(x, View) or not isinstance(index, Tensor) or dim % len(x.sizes) == x.batch:
         raise NotLowered("an index that depends on z")
+    dim %= len(x.sizes)
     row = walk.row(index, x.batch)
     places = _places(walk, x.inner.sizes, dim - (x.batch < dim), row)
     flat = walk.batched(Strided(walk.plain(x).register, 0, (math.prod(x.inner.sizes),), (1,)), 0)
@@ -195,7 +200,7 @@ def _scatter_at(accumulate: bool) -> Callable[..., View]:
     return handler
 
 
-HANDLERS: dict[Any, Handler] = {
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.slice_scatter.default: _scatter(views.narrow),
     aten.select_scatter.default: _scatter(views.select),
     aten.diagonal_scatter.default: _scatter(views.diagonal),
@@ -210,4 +215,6 @@ HANDLERS: dict[Any, Handler] = {
     aten.scatter.value: _scatter_at(False),
     aten.scatter_add.default: _scatter_at(True),
 }
+
+HANDLERS = {target: Handler(function) for target, function in _FUNCTIONS.items()}
 """The operations by their handlers."""

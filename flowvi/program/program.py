@@ -58,6 +58,7 @@ class Program:
     Attributes:
         code: (number of instructions, WIDTH), int64.
         num_numbers: in memory, LANES included.
+        dtype: of z, and of what it computes.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Program:
         places: tuple[int, int, int],
         work: int,
     ) -> None:
-        self.code, self.num_numbers = code, len(memory)
+        self.code, self.num_numbers, self.dtype = code, len(memory), torch.from_numpy(memory).dtype
         self._memory, self._fixed, self._places, self._work = memory, (constants, indices), places, work
         self._spare: list[np.ndarray[Any, Any]] = []  # memory whose constants are in place, one for each thread at work
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from flowvi.program.instruction import NotLowered, contiguous
-from flowvi.program.walk import Folded, Handler, View, Walk, dims_of, part, takes_folded
+from flowvi.program.walk import Folded, Handler, View, Walk, dims_of, part
 
 __all__ = [
     "HANDLERS",
@@ -35,7 +35,6 @@ def same(walk: Walk, x: View, *_: Any, **__: Any) -> View:
     return x
 
 
-@takes_folded
 def reshape(walk: Walk, x: Any, sizes: Sequence[int]) -> Any:
     """Other sizes for the same numbers; where particles would be mixed, a `Folded`."""
     sizes = list(sizes)
@@ -49,7 +48,7 @@ def reshape(walk: Walk, x: Any, sizes: Sequence[int]) -> Any:
         return Folded(x, tuple(sizes))
     x = walk.plain(x)
     inner = contiguous(x.register, [n for d, n in enumerate(sizes) if d != places[0]])
-    return walk.batched(inner, places[0])
+    return walk.batched(inner, places[0], x.kind)
 
 
 def unsqueeze(walk: Walk, x: View, dim: int) -> View:
@@ -133,7 +132,7 @@ def diagonal(walk: Walk, x: View, offset: int = 0, dim1: int = 0, dim2: int = 1)
     if a is None or b is None:
         raise NotLowered("a diagonal over particles")
     start = offset * b if offset >= 0 else -offset * a
-    size = min(x.sizes[first] - max(-offset, 0), x.sizes[second] - max(offset, 0))
+    size = max(0, min(x.sizes[first] - max(-offset, 0), x.sizes[second] - max(offset, 0)))
     kept = [d for d in range(len(x.sizes)) if d not in (first, second)]
     return part(x, [*(x.sizes[d] for d in kept), size], [*(x.strides[d] for d in kept), a + b], start)
 
@@ -155,7 +154,7 @@ def item(walk: Walk, x: Any, index: int) -> Any:
     return x[index]
 
 
-HANDLERS: dict[Any, Handler] = {
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **{getattr(aten, name).default: same for name in ("alias", "clone", "detach", "lift_fresh_copy")},
     aten.view.default: reshape,
     aten._unsafe_view.default: reshape,
@@ -174,5 +173,10 @@ HANDLERS: dict[Any, Handler] = {
     aten.split_with_sizes.default: split,
     aten.unbind.int: unbind,
     operator.getitem: item,
+}
+
+HANDLERS = {
+    target: Handler(function, takes_folded=function is reshape, takes_kinds=True)
+    for target, function in _FUNCTIONS.items()
 }
 """The operations by their handlers."""

@@ -7,7 +7,7 @@ a constant. The operations themselves are handlers: `elementwise`, `views`, `pie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +18,40 @@ from flowvi.kernels.compiled.instructions import ELEMENTWISE, Op
 from flowvi.program.instruction import Instruction, NotLowered, Register, Strided, contiguous
 from flowvi.program.program import Program, assemble
 
-__all__ = ["Folded", "Handler", "View", "Walk", "dims_of", "has_view", "part", "takes_folded"]
+__all__ = ["Folded", "Handler", "View", "Walk", "dims_of", "has_view", "part"]
 
-Handler = Callable[..., Any]
-"""What an operation becomes: called with the walk and the operation's arguments, tensors as `View` or as constants."""
+
+@dataclass(frozen=True)
+class Handler:
+    """What an operation becomes.
+
+    Attributes:
+        function: called with the walk and the operation's arguments, tensors as `View` or as constants.
+        takes_folded: whether it knows what to do with a `Folded`.
+        takes_kinds: whether it knows what torch does with truth values and integers.
+    """
+
+    function: Callable[..., Any]
+    takes_folded: bool = False
+    takes_kinds: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function says."""
+        return self.function(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor of all particles: sizes and strides of its dimensions; that of the particles has stride None."""
+    """A tensor of all particles: sizes and strides of its dimensions; that of the particles has stride None.
+
+    Its kind is "float", "bool" or "int": for the last two torch has rules of their own.
+    """
 
     register: Register
     offset: int
     sizes: tuple[int, ...]
     strides: tuple[int | None, ...]
+    kind: str = "float"
 
     @property
     def batch(self) -> int:
@@ -92,11 +112,14 @@ class Walk:
         handler = self._handlers.get(target)
         if handler is None:
             raise NotLowered(f"the operation {target}")
-        if any(isinstance(a, Folded) for a in args) and not getattr(handler, "takes_folded", False):
+        views = list(_views((args, kwargs)))
+        if not handler.takes_folded and any(isinstance(x, Folded) for x in views):
             raise NotLowered("a reshape that mixes particles")
+        if not handler.takes_kinds and any(isinstance(x, View) and x.kind != "float" for x in views):
+            raise NotLowered(f"truth values or integers in the operation {target}")
         try:
             return handler(self, *args, **kwargs)
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise NotLowered(f"the operation {target}: {error}") from error
 
     def _result(self, x: Any, sizes: tuple[int, ...]) -> Strided:
@@ -115,10 +138,8 @@ class Walk:
     def row(self, x: Tensor, dim: int) -> Tensor:
         """A constant without its dimension of particles, along which it must not change."""
         first = x.narrow(dim, 0, 1)
-        if x.shape[dim] != 1:
-            same = first.expand_as(x)
-            if x.shape[dim] != self.particles or not torch.equal(same.nan_to_num(), x.nan_to_num()):
-                raise NotLowered("a constant that is different for each particle")
+        if x.shape[dim] != 1 and (x.shape[dim] != self.particles or not _same(first.expand_as(x), x)):
+            raise NotLowered("a constant that is different for each particle")
         return first.squeeze(dim)
 
     def constant(self, x: Tensor | float) -> Strided:
@@ -133,7 +154,7 @@ class Walk:
             values = torch.as_tensor(x, dtype=self.dtype)
             shape = values.shape
             for d, n in enumerate(shape):  # what is the same along a dimension is kept once
-                if n > 1 and torch.equal((first := values.narrow(d, 0, 1)).expand_as(values), values):
+                if n > 1 and _same((first := values.narrow(d, 0, 1)).expand_as(values), values):
                     values = first
             # the tensor is kept beside it: its address is the key
             register = Register(values.numel(), values.contiguous())
@@ -144,16 +165,16 @@ class Walk:
         """A fresh register."""
         return contiguous(Register(math.prod(sizes)), sizes)
 
-    def batched(self, x: Strided, batch: int) -> View:
+    def batched(self, x: Strided, batch: int, kind: str = "float") -> View:
         """With the dimension of particles put in."""
         sizes, strides = list(x.sizes), list[int | None](x.strides)
         sizes.insert(batch, self.particles)
         strides.insert(batch, None)
-        return View(x.register, x.offset, tuple(sizes), tuple(strides))
+        return View(x.register, x.offset, tuple(sizes), tuple(strides), kind)
 
     def emit(self, op: Op, loops: Sequence[int], *operands: Strided | None, **more: Any) -> None:
         """One more instruction."""
-        if not math.prod(loops):
+        if math.prod(loops) < 1:
             raise NotLowered("an empty tensor")
         loops = tuple(loops)
         if op not in ELEMENTWISE:  # their loops have roles, and so there are always four
@@ -175,7 +196,7 @@ class Walk:
             return x
         out = self.new(x.inner.sizes)
         self.copy(x.inner, out)
-        return self.batched(out, x.batch)
+        return self.batched(out, x.batch, x.kind)
 
     def like(self, x: Any, other: Any) -> View:
         """A constant as a view with its particles where the other's are; a view as it is."""
@@ -188,6 +209,7 @@ class Walk:
         """An elementwise operation; all dimensions to the left of the particles are kept."""
         if not has_view(operands):  # a power that was worked out before
             raise NotLowered(f"{op.name} of constants")
+        kind = self._kind_of_result(op, operands)
         places = {len(x.sizes) - x.batch for x in operands if isinstance(x, View)}
         if len(places) != 1:
             raise NotLowered("particles in different dimensions")
@@ -205,12 +227,47 @@ class Walk:
         inner = [x.expanded(sizes) for x in inner]
         if op == Op.MUL and any(_is_one(x) for x in inner):
             other = inner[1] if _is_one(inner[0]) else inner[0]
-            return self.batched(other, rank - right)
+            return self.batched(other, rank - right, kind)
         # what is the same along a dimension is computed once
         less = [n if any(x.strides[d] for x in inner) else 1 for d, n in enumerate(sizes)]
         out = self.new(less)
         self.emit(op, less, out, *inner)
-        return self.batched(out.expanded(sizes), rank - right)
+        return self.batched(out.expanded(sizes), rank - right, kind)
+
+    def _kind_of_result(self, op: Op, operands: Sequence[Any]) -> str:
+        """The kind of the result; refuses what torch would compute in another dtype, or bit by bit."""
+        numbers = operands[1:] if op == Op.WHERE else operands  # the others are a condition
+        truth = all(_kind(x) == "bool" for x in numbers)
+        if op in _LOGICAL and not truth:
+            raise NotLowered(f"{op.name} of numbers")
+        if op in (*_LOGICAL, *_TESTS):
+            return "bool"
+        if op == Op.WHERE:  # a choice rounds nothing
+            kinds = {_kind(x) for x in numbers}
+            return "float" if "float" in kinds else "int" if "int" in kinds else "bool"
+        if not any(self._sets_dtype(x) for x in numbers):
+            raise NotLowered(f"{op.name} of truth values or integers")
+        return "float"
+
+    def _sets_dtype(self, x: Any) -> bool:
+        """Whether torch computes in the walk's dtype because of this operand."""
+        return x.dtype == self.dtype if isinstance(x, Tensor) else isinstance(x, View) and x.kind == "float"
+
+
+_LOGICAL = (Op.AND, Op.OR, Op.NOT)
+_TESTS = (Op.EQ, Op.NE, Op.LT, Op.LE, Op.GT, Op.GE, Op.ISNAN)
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return "bool" if x.dtype == torch.bool else "float" if x.is_floating_point() else "int"
+    return x.kind if isinstance(x, View) else type(x).__name__
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN to NaN, and 0 not to -0."""
+    nan = a.isnan() & b.isnan()
+    return bool((nan | ((a == b) & (a.signbit() == b.signbit()))).all())
 
 
 def _is_one(x: Strided) -> bool:
@@ -218,11 +275,20 @@ def _is_one(x: Strided) -> bool:
     return constant is not None and constant.numel() == 1 and constant.item() == 1
 
 
+def _views(tree: Any) -> Iterator[View | Folded]:
+    """All that depends on z in it."""
+    if isinstance(tree, View | Folded):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from _views(tuple(tree.values()))
+    elif isinstance(tree, tuple | list):
+        for x in tree:
+            yield from _views(x)
+
+
 def has_view(tree: Any) -> bool:
     """Whether anything in it depends on z."""
-    if isinstance(tree, dict):
-        return any(map(has_view, tree.values()))
-    return isinstance(tree, View | Folded) or (isinstance(tree, tuple | list) and any(map(has_view, tree)))
+    return any(True for _ in _views(tree))
 
 
 def dims_of(dims: Any, rank: int) -> list[int]:
@@ -234,10 +300,4 @@ def part(x: View, sizes: Sequence[int], strides: Sequence[int | None], offset: i
     """Another view of the same register; strides say which dimension the particles are."""
     if sum(s is None for s in strides) != 1:
         raise NotLowered("particles are taken apart")
-    return View(x.register, x.offset + offset, tuple(sizes), tuple(strides))
-
-
-def takes_folded(handler: Handler) -> Handler:
-    """Mark a handler that knows what to do with a `Folded`."""
-    handler.takes_folded = True  # type: ignore[attr-defined]
-    return handler
+    return View(x.register, x.offset + offset, tuple(sizes), tuple(strides), x.kind)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.func import grad_and_value, vmap
 
 from flowvi.errors import TraceError
@@ -52,7 +54,7 @@ class BatchedGraph:
         self._can_flatten = True
         live = any(n.op == "get_attr" and str(n.target).startswith("parameter") for n in module.graph.nodes)
         self._can_lower = not (live or num_shared)
-        self._num_calls = 0
+        self._num_calls, self._lock = 0, threading.Lock()
         self._programs: tuple[Program, Program] | None = None
 
     def __call__(self, z: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
@@ -88,13 +90,15 @@ class BatchedGraph:
 
     def _lowered(self, z: Tensor, now: bool = False) -> tuple[Program, Program] | None:
         """The programs of value and gradient and of the value, from a fixed call on; None where there are none."""
-        if not self._can_lower or dispatch.compiled("machine", z) is None or peek_interpreter_stack() is not None:
+        inside = peek_interpreter_stack() is not None or forward_ad._current_level >= 0  # a transform of torch.func
+        if not self._can_lower or inside or dispatch.compiled("machine", z) is None:
             return None
-        self._num_calls += 1
-        if self._programs is None and (now or self._num_calls >= _FLATTEN_AFTER):
-            self._programs = self._lower(z)
-            self._can_lower = self._programs is not None
-        return self._programs
+        with self._lock:
+            self._num_calls += 1
+            if self._programs is None and self._can_lower and (now or self._num_calls >= _FLATTEN_AFTER):
+                self._programs = self._lower(z)
+                self._can_lower = self._programs is not None
+        return self._programs if self._programs is not None and self._programs[0].dtype == z.dtype else None
 
     def prepare(self, z: Tensor) -> None:
         """Have the programs now, if there can be any, and not from a later call on.

@@ -319,12 +319,14 @@ def _in_double(op: Callable[[Any], Any]) -> Any:
 
 @helper()
 def _digamma(x: Any) -> Any:
-    """The derivative of log Gamma: recurrence up to 10, and the asymptotic series; NaN at poles."""
+    """The derivative of log Gamma: recurrence up to 10, and the asymptotic series; NaN at poles, but -inf at 0."""
     y, total = np.float64(x), 0.0
-    if y <= 0.0 and y == math.floor(y):
+    if y == 0.0:
+        return -math.copysign(np.inf, y)
+    if y < 0.0 and y == math.floor(y):
         return np.nan
     if y < 0.0:
-        total = -math.pi / math.tan(math.pi * y)
+        total = -math.pi / math.tan(math.pi * (y - math.floor(y)))
         y = 1.0 - y
     while y < 10.0:
         total -= 1.0 / y
@@ -348,7 +350,7 @@ def _power(x: Any, y: Any) -> Any:
 def _rare(op: int, x: Any) -> Any:
     """An operation on one number that isn't worth a loop of its own."""
     if op == Op.SIGN:
-        return x if x != x else (1.0 if x > 0 else (-1.0 if x < 0 else 0.0))
+        return 1.0 if x > 0 else (-1.0 if x < 0 else 0.0)  # of NaN, 0: as torch
     if op == Op.EXPM1:
         return math.expm1(np.float64(x))
     if op == Op.SIN:
