@@ -10,6 +10,7 @@ import torch
 
 import flowvi
 from flowvi.fit.modes import survey
+from flowvi.fit.scan import stand_out
 from flowvi.fit.search import search
 from flowvi.fit.whiten import Start, whiten
 
@@ -61,6 +62,9 @@ def test_chains_at_a_temperature_walk_into_a_mode_that_no_slope_leads_to(apart, 
     centres = torch.tensor([[0.0] * 10, [apart] + [0.0] * 9])
     density = mixture(centres, torch.tensor([1.0, 0.5]), torch.tensor([0.7, 0.3]))
     known = Start(centres[0], torch.eye(10), math.log(0.7))
+    monkeypatch.setattr(
+        importlib.import_module("flowvi.fit.search"), "stand_out", lambda known, *_: known.loc[None][:0]
+    )
     found = [search([known], density, torch.Generator().manual_seed(seed)) for seed in range(3)]
     hits = [modes for modes in found if modes]
     assert len(hits) >= 2
@@ -69,6 +73,36 @@ def test_chains_at_a_temperature_walk_into_a_mode_that_no_slope_leads_to(apart, 
         assert mode.elbo == pytest.approx(math.log(0.3), abs=0.3)
     monkeypatch.setattr(importlib.import_module("flowvi.fit.search"), "MAX_DIM", 0)
     assert not any(search([known], density, torch.Generator().manual_seed(seed)) for seed in range(3))
+
+
+@pytest.mark.parametrize(("dim", "apart"), [(8, 6.0), (12, 10.0), (14, 16.0)])
+def test_a_scan_of_values_finds_the_basin_of_a_narrow_mode(dim, apart, monkeypatch):
+    centres = torch.zeros(2, dim)
+    centres[1, 0] = apart
+    density = mixture(centres, torch.tensor([1.0, 0.5]), torch.tensor([0.7, 0.3]))
+    known = Start(centres[0], torch.eye(dim), math.log(0.7))
+    monkeypatch.setattr(
+        importlib.import_module("flowvi.fit.search"), "wander", lambda known, *_, **__: known[0].loc[None][:0]
+    )
+    for seed in range(3):
+        (mode,) = search([known], density, torch.Generator().manual_seed(seed))
+        assert mode.loc == pytest.approx(centres[1], abs=0.3)
+        assert mode.elbo == pytest.approx(math.log(0.3), abs=0.3)
+
+
+def test_a_scan_asks_no_more_than_it_is_worth():
+    asked = []
+
+    def log_prob(z):
+        asked.append(len(z))
+        return -0.5 * z.square().sum(1)
+
+    for dim, num_data, least, most in ((2, 0, 0, 0), (5, 0, 2**10, 2**12), (10, 10_000, 4000, 5000), (17, 0, 0, 0)):
+        density = flowvi.as_density(log_prob, dim=dim)
+        asked.clear()
+        found = stand_out(Start(torch.zeros(dim), torch.ones(dim), 0.0), density, torch.Generator(), num_data)
+        assert len(found) == (16 if most else 0)
+        assert least <= sum(asked) <= most
 
 
 def test_chains_at_a_temperature_ask_no_more_than_the_target_is_worth():

@@ -7,7 +7,8 @@ found gives scales: in x = L^-1 (z - mu) the known mode is a ball of radius one,
   different modes in different directions: of modes of one shape each has its cone, however high D is;
 - from where symmetries would put a copy: a coordinate of z, or all of z, with the other sign, and known modes
   mirrored in the best one or carried on, a + (a - b);
-- from chains at a temperature, which walk into narrow modes (`flowvi.fit.tempering`).
+- from chains at a temperature, which walk into narrow modes (`flowvi.fit.tempering`);
+- from where log p stands out in a scan of very many places (`flowvi.fit.scan`).
 
 Each climbs by gradient steps whose length adapts. What ended at a known mode, or on a slope that leads to one, is
 dropped; a few that are left become Gaussians by natural gradients, and those with evidence are found.
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from flowvi.fit.modes import MIN_SHARE, near
 from flowvi.fit.paths import paths, straight
+from flowvi.fit.scan import stand_out
 from flowvi.fit.tempering import MAX_DIM, MAX_SCOUTS, wander
 from flowvi.fit.whiten import Start, ascend
 from flowvi.objectives import Target
 from flowvi.progress import Bar, counting
+from flowvi.targets import LogDensity
 
 __all__ = ["NUM_SCOUTS", "elsewhere", "search"]
 
@@ -113,16 +116,20 @@ def _search(
 
 
 def _warm(known: Sequence[Start], target: Target, generator: torch.Generator, num_temperatures: int) -> Tensor:
-    """Scouts by heat, none or a fixed number of them: each number of particles has a graph of its own."""
+    """Scouts by heat and from a scan, each none or a fixed number: each number of particles has a graph of its own."""
     none = known[0].loc.new_empty(0, len(known[0].loc))
     if none.shape[1] > MAX_DIM or getattr(target, "path", "") == "eager" or getattr(target, "subsampled", False):
         return none
     num_data = sum(value.numel() for value in getattr(target, "observed", {}).values())
     try:
         found = wander(known, target, generator, num_data=num_data, num_temperatures=num_temperatures)
+        if len(found):
+            found = found[torch.arange(MAX_SCOUTS, device=found.device) % len(found)]
+        if isinstance(target, LogDensity):
+            found = torch.cat([found, stand_out(known[0], target, generator, num_data).to(found)])
     except ValueError:  # the other scouts may stay where it doesn't refuse
         return none
-    return found[torch.arange(MAX_SCOUTS, device=found.device) % len(found)] if len(found) else none
+    return found
 
 
 def _round(
