@@ -90,6 +90,8 @@ class Diagnostics:
             `shift_site` where. 0 where there is none.
         stretch: The same for an sd: how far its ratio is from 1 beyond its noise; and `stretch_site`.
         reweighted: The largest such change of a mean or sd that the importance weights ask for; and `reweighted_site`.
+        unsettled: The largest change that they may ask for, noise not taken off. Where it is large and `reweighted` is
+            not, so few draws don't tell: `Posterior.diagnose` makes more.
         missed: Log evidence by all starts of the whitening, or with what a search found beside q, minus `log_evidence`,
             and `missed_se`; None where there is neither.
         kl: KL(q || p) = log Z - ELBO, where the target's normalizer is known, and `kl_se`. A missed mode does
@@ -117,6 +119,7 @@ class Diagnostics:
     stretch_site: str = ""
     reweighted: float = 0.0
     reweighted_site: str = ""
+    unsettled: float = 0.0
     missed: float | None = None
     missed_se: float | None = None
     kl: float | None = None
@@ -309,16 +312,20 @@ def _reweighted(z: _Array, weights: _Array, name: Callable[[int], str]) -> dict[
     """The largest change of a mean, in sds, or of an sd that normalized weights (S,) ask for, beyond its noise."""
     size, num = z.shape[1], max(1, _BLOCK // len(z))
     sure = max(2.0, float(np.sqrt(2 * np.log(max(size, 1)))))  # standard errors: it is the largest of so many
-    worst, at = 0.0, 0
+    worst, at, unsettled = 0.0, 0, 0.0
     for start in range(0, size, num):  # a few columns at a time: all of them may be gigabytes
-        change = _changes(np.asarray(z[:, start : start + num], dtype=np.float64), weights, sure)
+        change, estimate = _changes(np.asarray(z[:, start : start + num], dtype=np.float64), weights, sure)
+        unsettled = max(unsettled, float(estimate.max(initial=0.0)))
         if change.size and change.max() > worst:
             worst, at = float(change.max()), start + int(change.argmax())
-    return {"reweighted": worst, "reweighted_site": name(at) if size else ""}
+    return {"reweighted": worst, "reweighted_site": name(at) if size else "", "unsettled": unsettled}
 
 
-def _changes(x: _Array, weights: _Array, sure: float) -> _Array:
-    """The change of each column; values that are not finite are left out, and inf where next to none is left."""
+def _changes(x: _Array, weights: _Array, sure: float) -> tuple[_Array, _Array]:
+    """The change of each column beyond its noise, and as estimated.
+
+    Values that are not finite are left out, and the change is inf where next to none is left.
+    """
     fine = np.isfinite(x)
     x = np.where(fine, x, 0.0)
     count, mass = fine.sum(0), weights @ fine
@@ -328,12 +335,15 @@ def _changes(x: _Array, weights: _Array, sure: float) -> _Array:
     moves = sd > 1e-6 * np.abs(mean)  # a constant, such as the corner of a Cholesky factor, does not
     x = np.where(fine, (x - mean) / np.where(moves, sd, 1.0), 0.0)
     excess = w - even
-    shift = np.abs((excess * x).sum(0)) - sure * np.sqrt(((excess * x) ** 2).sum(0))
-    ratio = np.sqrt((w * (x - (w * x).sum(0)) ** 2).sum(0))
+    shift, shift_noise = np.abs((excess * x).sum(0)), sure * np.sqrt(((excess * x) ** 2).sum(0))
+    ratio = np.abs(np.sqrt((w * (x - (w * x).sum(0)) ** 2).sum(0)) - 1)
     ratio_se = np.sqrt(((excess * (x**2 - 1)) ** 2).sum(0)) / 2
-    change = np.maximum(shift, np.abs(ratio - 1) - _noise(ratio_se, sure))
-    change = np.where(moves, np.nan_to_num(change, nan=np.inf), 0.0)
-    return np.where((count < 2) | (mass <= 0), np.inf, change)
+    change = np.maximum(shift - shift_noise, ratio - _noise(ratio_se, sure))
+    gone = (count < 2) | (mass <= 0)
+    return tuple(  # type: ignore[return-value]
+        np.where(gone, np.inf, np.where(moves, np.nan_to_num(c, nan=np.inf), 0.0))
+        for c in (change, np.maximum(shift, ratio))
+    )
 
 
 def _verdict(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bool, str]:

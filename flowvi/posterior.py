@@ -39,6 +39,7 @@ __all__ = ["History", "Posterior"]
 _CHUNK_ELEMENTS = 2**21  # of z at a time, however many draws are asked for
 _SUMMARY_ELEMENTS = 2**23  # of the draws behind mean, std and quantiles
 _MAX_HMC_DIM = 2000  # of the short HMC
+_MOST_DRAWS, _UNSETTLED = 16, 0.15  # times as many draws of a diagnosis, while an sd may be so far off
 _POOL = 10_000  # at least so many draws to resample from
 
 
@@ -244,7 +245,8 @@ class Posterior:
         can't show: a mode that q never visits (see `flowvi.diagnostics`).
 
         Args:
-            num_samples: S, at least 100. The largest weights decide, so few draws are optimistic.
+            num_samples: S, at least 100. The largest weights decide, so few draws are optimistic. Where so many don't
+                tell whether a mean or sd is right (`Diagnostics.unsettled`), up to 16 times as many are made.
             seed: Other draws; None stands for one fixed choice.
             hmc: Whether the short HMC is run (`flowvi.short_run`): about a thousand gradients of 128
                 particles, a second for most models; and, for a fit that was not whitened, the search for modes
@@ -263,22 +265,38 @@ class Posterior:
             starts = self._starts_evidence
             if starts is None and hmc and bool((log_p - log_q).isfinite().all()):
                 starts = self._search(z, log_p - log_q)
-            seen, names = columns(self.density, z)
-            self._diagnoses[key] = judge(
-                log_p.cpu().numpy(),
-                log_q.cpu().numpy(),
-                dim=self.density.dim,
-                log_normalizer=self.density.log_normalizer,
-                z=seen.cpu().numpy(),
-                moved=self._short_run(generator) if hmc and log_p.isfinite().any() else None,
-                starts_evidence=starts,
-                name=names,
-            )
+            moved = self._short_run(generator) if hmc and log_p.isfinite().any() else None
+            found = self._judge(z, log_p, log_q, moved, starts)
+            most = min(_MOST_DRAWS * num_samples, _SUMMARY_ELEMENTS // self.density.dim)
+            while found.trusted and found.unsettled > _UNSETTLED and 2 * len(z) <= most:  # a few far draws decide an sd
+                more = self._weigh(len(z), generator)
+                z, log_p, log_q = (torch.cat(pair) for pair in zip((z, log_p, log_q), more, strict=True))
+                found = self._judge(z, log_p, log_q, moved, starts)
+            self._diagnoses[key] = found
             words = self.config.get("label_switching")
             if words:
-                found = self._diagnoses[key]
                 self._diagnoses[key] = replace(found, verdict=f"{found.verdict} {words}")
         return self._diagnoses[key]
+
+    def _judge(
+        self,
+        z: Tensor,
+        log_p: Tensor,
+        log_q: Tensor,
+        moved: ShortRun | None,
+        starts_evidence: tuple[float, float] | None,
+    ) -> Diagnostics:
+        seen, names = columns(self.density, z)
+        return judge(
+            log_p.cpu().numpy(),
+            log_q.cpu().numpy(),
+            dim=self.density.dim,
+            log_normalizer=self.density.log_normalizer,
+            z=seen.cpu().numpy(),
+            moved=moved,
+            starts_evidence=starts_evidence,
+            name=names,
+        )
 
     @property
     def _starts_evidence(self) -> tuple[float, float] | None:

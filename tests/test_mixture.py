@@ -257,3 +257,26 @@ def test_refine_runs_on_it(posterior):
     refined = posterior.refine(num_chains=16, ess=20.0, rhat=1.5, time_limit=4.0, seed=0, progress=False)
     assert refined.sample(10)["mu"].shape == (10, 2)
     assert isinstance(refined.diagnose().trusted, bool)
+
+
+def test_a_diagnosis_draws_until_it_can_tell():
+    # A few draws in ten thousand of q are where p has nothing: they double the sd of tau, and so few don't prove it.
+    def model():
+        pyro.sample("tau", dist.LogNormal(0.0, 0.8))
+
+    near = Flow.from_spec(FlowSpec("planar", 1, 0), loc=0.0, scale=0.8, dtype=torch.float64)
+    far = Flow.from_spec(FlowSpec("planar", 1, 0), loc=4.0, scale=0.3, dtype=torch.float64)
+    density = flowvi.as_density(model, dtype=torch.float64)
+
+    def diagnosed(share, **options):
+        q = MixtureFlow([near, far], torch.tensor([1 - share, share], dtype=torch.float64).log())
+        return Posterior(q, density, config={}, timing={}, history=HISTORY, seed=0).diagnose(hmc=False, **options)
+
+    found = diagnosed(5e-4)
+    assert found.num_samples > 10_000
+    assert not found.trusted
+    assert found.reweighted_site == "tau"
+    right = diagnosed(1e-9)
+    assert right.trusted
+    assert right.num_samples == 10_000
+    assert right.unsettled < 1e-6
