@@ -124,6 +124,8 @@ class Walk:
 
     def _result(self, x: Any, sizes: tuple[int, ...]) -> Strided:
         """An output of the graph in a register of its own."""
+        if isinstance(x, Folded):
+            raise NotLowered("a reshape that mixes particles")
         inner = x.inner if isinstance(x, View) else self.constant(self.row(x, 0))
         if inner.sizes != sizes or (isinstance(x, View) and x.batch != 0):
             raise NotLowered("outputs of another shape")
