@@ -87,7 +87,19 @@ def test_a_scan_of_values_finds_the_basin_of_a_narrow_mode(dim, apart, monkeypat
     for seed in range(3):
         (mode,) = search([known], density, torch.Generator().manual_seed(seed))
         assert mode.loc == pytest.approx(centres[1], abs=0.3)
-        assert mode.elbo == pytest.approx(math.log(0.3), abs=0.3)
+        assert mode.elbo == pytest.approx(math.log(0.3), abs=0.5)  # by 20 steps of 32 particles
+
+
+@pytest.mark.parametrize(("dim", "apart"), [(20, 3.0), (30, 4.0)])
+def test_a_narrow_mode_inside_a_wide_one_is_found(dim, apart):
+    # No draw of the wide one comes there, and no valley is between the two.
+    centres = torch.zeros(2, dim)
+    centres[1, 0] = apart
+    density = mixture(centres, torch.tensor([1.0, 0.5]), torch.tensor([0.7, 0.3]))
+    known = Start(centres[0], torch.eye(dim), math.log(0.7))
+    (mode,) = search([known], density, torch.Generator().manual_seed(0))
+    assert mode.loc == pytest.approx(centres[1], abs=0.3)
+    assert mode.elbo == pytest.approx(math.log(0.3), abs=0.3)
 
 
 def test_a_scan_asks_no_more_than_it_is_worth():
@@ -97,11 +109,12 @@ def test_a_scan_asks_no_more_than_it_is_worth():
         asked.append(len(z))
         return -0.5 * z.square().sum(1)
 
-    for dim, num_data, least, most in ((2, 0, 0, 0), (5, 0, 2**10, 2**12), (10, 10_000, 4000, 5000), (17, 0, 0, 0)):
+    bounds = ((2, 0, 0, 0), (5, 0, 2**15, 2**16), (10, 10_000, 8000, 10_000), (17, 0, 2**14, 2**15))
+    for dim, num_data, least, most in bounds:
         density = flowvi.as_density(log_prob, dim=dim)
         asked.clear()
         found = stand_out(Start(torch.zeros(dim), torch.ones(dim), 0.0), density, torch.Generator(), num_data)
-        assert len(found) == (16 if most else 0)
+        assert len(found) == (0 if dim == 2 else 32 if dim < 17 else 16)
         assert least <= sum(asked) <= most
 
 

@@ -1,13 +1,18 @@
 r"""Scouts from a scan: log p at very many places around the known mode, once each; where it stands out they set out.
 
-Beyond some distance a far mode's density is above what is left of the known one's, however narrow it is: of half its
-width, d sds away, in a ball of radius 2 d / 3 whose centre is 4 d / 3 away. A direction at random meets that ball with
-a chance that falls like 2^-D, so of 2^(D + 6) places a few are in it, and values alone are cheap. There log p is far
-above that of other places equally far out. Beyond 16 dimensions no number of places that can be paid for does it.
+A second mode of half the width is above what the known one leaves in a ball: if it is d sds away, of radius 2 d / 3,
+with its centre 4 d / 3 away. Few directions meet that ball, but values alone are cheap, and in it log p is far above
+that of other places equally far out.
+
+- Outside: a share of about 2^-D of the directions meets it. Up to 16 dimensions a few of 2^(D + 6) places do, beyond
+  them no number that can be paid for.
+- Inside the known mode's bulk, a few sds from its centre, where in many dimensions no draw comes: about one place in a
+  thousand, however high D is.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -19,13 +24,15 @@ from flowvi.targets import LogDensity
 __all__ = ["NUM_SCOUTS", "stand_out"]
 
 NUM_SCOUTS = 16
+"""From the outside, and as many from the inside."""
+
 LEAST_DIM, MOST_DIM = 3, 16
-"""Below, scouts that set out at random find everything; above, so many places find nothing."""
+"""Below, scouts that set out at random find everything; above, nothing outside is found."""
 
-NEAREST, FARTHEST = 1.2, 8.0
-"""How far out to look, times sqrt(D) sds."""
+NEAREST, MIDDLE, FARTHEST = 1.0, 1.2, 8.0
+"""How far out to look: inside from 1 sd to 1.2 sqrt(D) sds, and outside to 8 sqrt(D)."""
 
-MOST_PLACES, PLACES_AT_0 = 2**21, 2**6
+PLACES_INSIDE, PLACES_AT_0, MOST_PLACES = 2**15, 2**6, 2**21
 MOST_WORK = 5e7
 """Data points whose density is asked for at most; not seconds, so that bits are the same."""
 
@@ -47,22 +54,34 @@ def stand_out(known: Start, density: LogDensity, generator: torch.Generator, num
         num_data: data points behind log p: with many of them it looks at fewer places.
 
     Returns:
-        (16, D), or (0, D) where D is too small or too large for it to help.
+        (32, D), (16, D) above 16 dimensions, and (0, D) where D is so small that it doesn't help.
     """
+    dim = len(known.loc)
+    found = [known.loc.new_empty(0, dim)]
+    affordable = int(MOST_WORK / max(1, num_data))
+    middle = MIDDLE * dim**0.5
+    if dim >= LEAST_DIM:
+        found.append(_between(NEAREST, middle, min(PLACES_INSIDE, affordable), known, density, generator))
+    if LEAST_DIM <= dim <= MOST_DIM:
+        num = min(PLACES_AT_0 * 2**dim, MOST_PLACES, affordable)
+        found.append(_between(middle, FARTHEST * dim**0.5, num, known, density, generator))
+    return torch.cat(found)
+
+
+def _between(
+    inner: float, outer: float, num: int, known: Start, density: LogDensity, generator: torch.Generator
+) -> Tensor:
+    """What stands out (16, D) among about so many places at distances between these, in sds."""
     loc, root = known.loc, known.scale_tril
     dim, device = len(loc), loc.device
-    if not LEAST_DIM <= dim <= MOST_DIM:
-        return loc.new_empty(0, dim)
-    num = int(min(MOST_PLACES, PLACES_AT_0 * 2.0**dim, MOST_WORK / max(1, num_data)))
     shells = max(1, num // SHELL)
+    edges = torch.linspace(math.log(inner), math.log(outer), shells + 1).exp().tolist()
     best: list[tuple[Tensor, Tensor]] = []
-    edges = torch.linspace(math.log(NEAREST), math.log(FARTHEST), shells + 1).exp() * dim**0.5
-    for inner, outer in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+    for low, high in itertools.pairwise(edges):
         x = torch.randn(min(num, SHELL), dim, generator=generator, dtype=torch.float64, device=device)
         share = torch.rand(len(x), 1, generator=generator, dtype=torch.float64, device=device)
-        x = ((inner + (outer - inner) * share) * torch.nn.functional.normalize(x, dim=1)).to(loc)
-        z = loc + (x @ root.mT if root.dim() == 2 else x * root)
-        log_p = density(z).double()
+        x = ((low + (high - low) * share) * torch.nn.functional.normalize(x, dim=1)).to(loc)
+        log_p = density(_placed(x, loc, root)).double()
         log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
         middle = log_p.median()
         spread = (log_p - middle).abs().median()
@@ -76,5 +95,9 @@ def stand_out(known: Start, density: LogDensity, generator: torch.Generator, num
     for i in range(len(order)):
         if len(chosen) < NUM_SCOUTS and (not chosen or bool((direction[chosen] @ direction[i]).max() < SAME_WAY)):
             chosen.append(i)
-    x = x[order[torch.tensor(chosen, device=device)[torch.arange(NUM_SCOUTS, device=device) % len(chosen)]]]
+    again = torch.arange(NUM_SCOUTS, device=device) % len(chosen)
+    return _placed(x[order[torch.tensor(chosen, device=device)[again]]], loc, root)
+
+
+def _placed(x: Tensor, loc: Tensor, root: Tensor) -> Tensor:
     return loc + (x @ root.mT if root.dim() == 2 else x * root)

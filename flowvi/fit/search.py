@@ -11,8 +11,9 @@ found gives scales: in x = L^-1 (z - mu) the known mode is a ball of radius one,
 - from where log p stands out in a scan of very many places (`flowvi.fit.scan`).
 
 Each climbs by gradient steps whose length adapts. What ended at a known mode, or on a slope that leads to one, is
-dropped; a few that are left become Gaussians by natural gradients, and those with evidence are found.
-A narrow mode in many dimensions stays unseen.
+dropped; a few that are left become Gaussians by natural gradients, and those with evidence are found. So is a narrow
+mode inside a wide one, where the highest place of all is far above the wide one's centre.
+A narrow mode outside, in many dimensions, stays unseen.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ PATH_DIP = 1.0
 """The dip in log p on the best path to a known mode, in nats, that a mode of its own has at least."""
 
 NUM_STEPS, NUM_PARTICLES = 80, 32
+
+ABOVE, NARROW = 2.0, 0.2
+"""A top near a known mode's centre, and so many nats above it, is tried by a Gaussian so much narrower."""
 
 
 @torch.no_grad()
@@ -105,14 +109,31 @@ def _search(
 ) -> tuple[Start, ...]:
     found: list[Start] = []
     warm = _warm(known, target, generator, len(radii))
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         modes = [*known, *found]
-        new = _round(modes, target, generator, radii, warm, bar)
+        new, top = _round(modes, target, generator, radii, warm, bar)
         warm = warm[:0]
         found += new
+        if number == 0 and not (new and bool(near(new, top.loc[None]).any())):
+            found += _inside(known[0], top, target, generator, bar)
         if not new:
             break
     return tuple(found)
+
+
+def _inside(known: Start, top: Start, target: Target, generator: torch.Generator, bar: Bar) -> list[Start]:
+    """A narrow mode in a wide one's bulk: no valley is between them, but a Gaussian that begins narrow stays there.
+
+    In many dimensions the narrow one's top may be tens of nats higher, and no draw of the wide one comes near it.
+    """
+    centre = float(torch.nan_to_num(target.value_and_grad(known.loc[None])[0], nan=-math.inf))
+    if not (top.elbo > centre + ABOVE and bool(near([known], top.loc[None]).all())):
+        return []
+    loc, tril, elbo = ascend(
+        target, top.loc[None], NARROW * top.scale_tril[None], NUM_STEPS, NUM_PARTICLES, generator, bar
+    )
+    start = Start(loc[0], tril[0], float(elbo))
+    return [start] if start.elbo > known.elbo + math.log(MIN_SHARE) else []
 
 
 def _warm(known: Sequence[Start], target: Target, generator: torch.Generator, num_temperatures: int) -> Tensor:
@@ -139,7 +160,8 @@ def _round(
     radii: Sequence[float],
     warm: Tensor,
     bar: Bar,
-) -> list[Start]:
+) -> tuple[list[Start], Start]:
+    """New modes, and the highest place that was reached, with its log p."""
     best = modes[0]
     root = best.scale_tril
     guesses = _guesses(modes)[:NUM_GUESSES]
@@ -147,6 +169,7 @@ def _round(
     far = best.loc + (far @ root.mT if root.dim() == 2 else far * root)
     z = torch.cat([far, *(g.unsqueeze(0) for g in guesses), warm])
     z, log_p = _climb(z, best.loc, root, target, bar)
+    top = Start(z[log_p.argmax()], root, float(log_p.max()))
     at_modes, _ = target.value_and_grad(torch.stack([m.loc for m in modes]))
     low = torch.nan_to_num(at_modes, nan=-math.inf).max() - LAG - LAG_PER_DIM * len(best.loc)
     places = z[log_p > low]
@@ -159,7 +182,7 @@ def _round(
         if len(chosen) < MAX_NEW and not (chosen and bool(near(chosen, place[None]).any())):
             chosen.append(scout)
     if not chosen:
-        return []
+        return [], top
     loc, tril = torch.stack([c.loc for c in chosen]), torch.stack([c.scale_tril for c in chosen])
     loc, tril, elbo = ascend(target, loc, 0.5 * tril, NUM_STEPS, NUM_PARTICLES, generator, bar)
     least = max(m.elbo for m in modes) + math.log(MIN_SHARE)
@@ -170,7 +193,7 @@ def _round(
         apart = not bool(near(others, start.loc[None]).any())
         if apart and not any(paths([(start, other) for other in others], target, PATH_DIP)):
             new.append(start)
-    return new
+    return new, top
 
 
 def _far(num: int, dim: int, generator: torch.Generator, radii: Sequence[float]) -> Tensor:
