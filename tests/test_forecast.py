@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flowvi
-from flowvi import errors
+from flowvi import errors, kernels
 from flowvi.fit import memory
 from flowvi.flow import Flow, FlowSpec
 from flowvi.transforms import available
@@ -34,6 +34,11 @@ def regression(x, y):
         pyro.sample("y", dist.Normal(x @ b, 1.0), obs=y)
 
 
+def by_torch(model, args):
+    with kernels.use("torch"):
+        return flowvi.fit(model, args, **OPTIONS)
+
+
 def sized(flow="planar", dim=100, num_flows=2, base="low_rank", **changed):
     options = {"num_particles": 64, "itemsize": 4, "whiten": True, "verify": True} | changed
     return memory.forecast(FlowSpec(flow, dim, num_flows, base), **options)
@@ -43,7 +48,7 @@ MEASURE = """
 import re, warnings
 from pathlib import Path
 import torch
-from tests.test_forecast import OPTIONS, flowvi, gaussian, regression
+from tests.test_forecast import OPTIONS, by_torch, flowvi, gaussian, regression
 from tests.test_memory import resident
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -58,6 +63,7 @@ print(most - before, posterior.config["memory"]["forecast"])
 CASES = {
     "a flow of networks": "flowvi.fit(gaussian, dim=100, flow='real_nvp', num_particles=8192, **OPTIONS)",
     "data": "flowvi.fit(regression, (torch.ones(10_000, 2), torch.ones(10_000)), **OPTIONS)",
+    "data, by torch": "by_torch(regression, (torch.ones(10_000, 2), torch.ones(10_000)))",
     "low rank": "flowvi.fit(gaussian, dim=8000, **OPTIONS | {'whiten': True})",
     "full": "flowvi.fit(gaussian, dim=1000, base='full', **OPTIONS | {'whiten': True})",
     "verified": "flowvi.fit(gaussian, dim=1000, **OPTIONS | {'verify': True})",

@@ -123,7 +123,7 @@ def test_chains_at_a_temperature_ask_no_more_than_the_target_is_worth():
         path, calls = "callable", 0
 
         def __init__(self, num_data):
-            self.observed = {"y": torch.zeros(num_data)}
+            self.num_data = num_data
 
         def value_and_grad(self, z):
             self.calls += len(z)

@@ -315,7 +315,8 @@ def fit(
         whiten=whiten,
         verify=verify is not False,
         rounds=rounds,
-        num_data=sum(value.numel() for value in density.observed.values()) if density.path == "graph" else 0,
+        num_data=density.num_data if density.path == "graph" else 0,
+        program=density.has_program,
         registered=family.factory is None,
     )
     with job.quiet():

@@ -11,6 +11,10 @@ gradient, two moments, two copies), and 8 D^2 b of starts where the base is full
     verify    20000 D b + M (6 D + 6 U / K + 4 N) b + 400000 D
                                                       M = min(10000, 2^21 / D) draws at once; HMC, up to D = 2000
 
+where N counts nothing if the target is a program (`flowvi.program`), which works on eight particles at a time, but
+
+    program   5e7 + 1300 N b                          13 particles where it is written, 64 where it is compared
+
 and a quarter more. The numbers are those that were measured; they are meant to be too large rather than too small, and
 more than twice what is used only where few starts are needed. What a model makes beside its N observed numbers (a table
 for each datum, say) is not seen, nor are the parameters of a factory without a registered name.
@@ -46,6 +50,7 @@ def forecast(
     verify: bool,
     rounds: bool = False,
     num_data: int = 0,
+    program: bool = False,
     registered: bool = True,
 ) -> dict[str, int]:
     """The bytes at the peak of each phase of a fit, by the formula above.
@@ -58,6 +63,7 @@ def forecast(
         verify: whether it is verified.
         rounds: whether it is checked between rounds.
         num_data: N.
+        program: whether the target is a program.
         registered: whether the flow has a registered name, by which its layers can be built and counted.
 
     Returns:
@@ -71,6 +77,8 @@ def forecast(
     width = dim + units // max(1, spec.num_flows)
     kept = 6 * b * (parameters + dim * (2 + rank)) + (8 * b * dim**2 if full and whiten else 0)
     phases: dict[str, int] = {}
+    if program:
+        phases["program"], num_data = 50_000_000 + 1300 * num_data * b, 0
     if whiten:
         phases["whiten"] = b * (72 * dim * rank + 512 * (6 * dim + 16 * num_data))
         phases["modes"] = 8 * (12288 * dim + (16 * dim**2 if full else 0)) + 8 * 1024 * num_data * b

@@ -141,7 +141,7 @@ def _warm(known: Sequence[Start], target: Target, generator: torch.Generator, nu
     none = known[0].loc.new_empty(0, len(known[0].loc))
     if none.shape[1] > MAX_DIM or getattr(target, "path", "") == "eager" or getattr(target, "subsampled", False):
         return none
-    num_data = sum(value.numel() for value in getattr(target, "observed", {}).values())
+    num_data = getattr(target, "num_data", 0)
     try:
         found = wander(known, target, generator, num_data=num_data, num_temperatures=num_temperatures)
         if len(found):

@@ -100,6 +100,11 @@ class BatchedGraph:
                 self._can_lower = self._programs is not None
         return self._programs if self._programs is not None and self._programs[0].dtype == z.dtype else None
 
+    @property
+    def has_program(self) -> bool:
+        """Whether there are programs."""
+        return self._programs is not None
+
     def prepare(self, z: Tensor) -> None:
         """Have the programs now, if there can be any, and not from a later call on.
 

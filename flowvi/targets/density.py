@@ -205,6 +205,16 @@ class LogDensity(ABC):
         return {}
 
     @property
+    def num_data(self) -> int:
+        """How many observed numbers there are."""
+        return sum(value.numel() for value in self.observed.values())
+
+    @property
+    def has_program(self) -> bool:
+        """Whether `value_and_grad` is a program (`flowvi.program`) already."""
+        return False
+
+    @property
     def full(self) -> LogDensity:
         """The same density evaluated with all the data in every plate; itself where nothing is subsampled."""
         return self

@@ -318,6 +318,11 @@ class ModelDensity(LogDensity):
         elif self._graph is not None:
             self._graph.prepare(self._points_near(64, 2.0))
 
+    @property
+    def has_program(self) -> bool:
+        """See `LogDensity`."""
+        return self._graph is not None and self._graph.has_program
+
     def _points_near(self, size: int, width: float) -> Tensor:
         """Points (size, D) in a box around that where the graph was traced, always the same."""
         generator = torch.Generator().manual_seed(0)
