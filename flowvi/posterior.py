@@ -39,7 +39,7 @@ __all__ = ["History", "Posterior"]
 _CHUNK_ELEMENTS = 2**21  # of z at a time, however many draws are asked for
 _SUMMARY_ELEMENTS = 2**23  # of the draws behind mean, std and quantiles
 _MAX_HMC_DIM = 2000  # of the short HMC
-_MOST_DRAWS, _UNSETTLED = 16, 0.15  # times as many draws of a diagnosis, while an sd may be so far off
+_MOST_DRAWS = 16  # times as many draws of a diagnosis, while it is undecided
 _POOL = 10_000  # at least so many draws to resample from
 
 
@@ -246,7 +246,7 @@ class Posterior:
 
         Args:
             num_samples: S, at least 100. The largest weights decide, so few draws are optimistic. Where so many don't
-                tell whether a mean or sd is right (`Diagnostics.unsettled`), up to 16 times as many are made.
+                tell whether a mean or sd is right (`Diagnostics.undecided`), up to 16 times as many are made.
             seed: Other draws; None stands for one fixed choice.
             hmc: Whether the short HMC is run (`flowvi.short_run`): about a thousand gradients of 128
                 particles, a second for most models; and, for a fit that was not whitened, the search for modes
@@ -268,7 +268,7 @@ class Posterior:
             moved = self._short_run(generator) if hmc and log_p.isfinite().any() else None
             found = self._judge(z, log_p, log_q, moved, starts)
             most = min(_MOST_DRAWS * num_samples, _SUMMARY_ELEMENTS // self.density.dim)
-            while found.trusted and found.unsettled > _UNSETTLED and 2 * len(z) <= most:  # a few far draws decide an sd
+            while found.undecided and 2 * len(z) <= most:  # a few far draws decide an sd
                 more = self._weigh(len(z), generator)
                 z, log_p, log_q = (torch.cat(pair) for pair in zip((z, log_p, log_q), more, strict=True))
                 found = self._judge(z, log_p, log_q, moved, starts)

@@ -369,6 +369,41 @@ def test_khat_alone_is_overruled_by_a_settled_hmc_that_moves_nothing():
     assert not judge(log_p, log_q, dim=3, moved=moves(r_hat=torch.full((3,), 1.5))).trusted
 
 
+def test_khat_is_not_overruled_where_the_weights_may_ask_for_a_larger_sd():
+    good = {"elbo": 0.0, "elbo_se": 0.01, "log_evidence": 0.03, "log_evidence_se": 0.01, "gap": 0.03, "gap_se": 0.01}
+    good |= {
+        "ess": 7850.0,
+        "ess_fraction": 0.785,
+        "nonfinite_fraction": 0.0,
+        "num_samples": 10_000,
+        "j": 0.1,
+        "j_se": 0.01,
+    }
+
+    def found(khat, unsettled, **more):
+        numbers = Diagnostics(**(good | more), khat=khat, unsettled=unsettled, trusted=False, verdict="")
+        return _verdict(numbers, 5, flat=False, settled=True)
+
+    assert found(0.8, 0.05)[::2] == (True, False)
+    trusted, words, undecided = found(0.8, 0.13)  # more draws would tell
+    assert (trusted, undecided) == (False, True)
+    assert "off by 13%, within their noise" in words
+    assert found(0.3, 0.13)[::2] == (True, True)
+    assert found(0.8, 0.13, gap=0.5)[::2] == (False, False)  # nothing to decide
+    assert found(0.8, 0.13, ess_fraction=0.1)[::2] == (False, True)
+
+
+def test_a_site_that_draws_decide_slowly_is_undecided():
+    z = draws(1000, 3)
+    log_q = normal(z).sum(1)
+    log_p = log_q + 1.5 * np.maximum(
+        np.abs(z[:, 1]) - 2.2, 0.0
+    )  # the sd of z[1] is some 10% larger, as far as one sees
+    found = judge(log_p, log_q, dim=3, z=z, moved=moves())
+    assert found.reweighted < 0.1 < found.unsettled
+    assert found.undecided
+
+
 def test_evidence_that_only_the_starts_saw_is_not_trusted():
     generator = np.random.default_rng(0)
     log_q = generator.normal(size=5000)
