@@ -24,7 +24,7 @@ _LOO_DRAWS = 4000
 _LOO_ELEMENTS = 2**25  # of draws times data
 
 
-def compare(posteriors: Mapping[str, Posterior], *, num_samples: int = 10_000, loo: bool = True) -> Any:
+def compare(posteriors: Mapping[str, Posterior], *, num_samples: int | None = None, loo: bool = True) -> Any:
     """Posteriors of different models of the same data, the best evidence first, with LOO beside it.
 
     Bayesian model comparison: with equal prior probabilities, p(model | data) is proportional to the evidence
@@ -44,7 +44,7 @@ def compare(posteriors: Mapping[str, Posterior], *, num_samples: int = 10_000, l
 
     Args:
         posteriors: Name -> what `flowvi.fit` or `refine()` gave; at least two.
-        num_samples: Draws of each flow behind the evidence, at least 100.
+        num_samples: Draws of each flow behind the evidence, as for `Posterior.diagnose`.
         loo: Whether LOO is computed; its columns are NaN without.
 
     Returns:
@@ -64,7 +64,8 @@ def compare(posteriors: Mapping[str, Posterior], *, num_samples: int = 10_000, l
         UntrustedWarning: One of the posteriors isn't trusted.
     """
     _check(posteriors)
-    whole_numbers(100, num_samples=num_samples)
+    if num_samples is not None:
+        whole_numbers(100, num_samples=num_samples)
     flags(loo=loo)
     pandas = _pandas()
     found = {name: posterior.diagnose(num_samples) for name, posterior in posteriors.items()}

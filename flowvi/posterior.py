@@ -39,7 +39,7 @@ __all__ = ["History", "Posterior"]
 _CHUNK_ELEMENTS = 2**21  # of z at a time, however many draws are asked for
 _SUMMARY_ELEMENTS = 2**23  # of the draws behind mean, std and quantiles
 _MAX_HMC_DIM = 2000  # of the short HMC
-_MOST_DRAWS = 16  # times as many draws of a diagnosis, while it is undecided
+_DRAWS, _MOST_DRAWS = 10_000, 160_000  # of a diagnosis, and while it is undecided
 _POOL = 10_000  # at least so many draws to resample from
 
 
@@ -115,7 +115,7 @@ class Posterior:
         self.history = history
         self.seed = seed
         self._stream = _generator(seed, "stream", density.device)
-        self._diagnoses: dict[tuple[int, int | None, bool], Diagnostics] = {}
+        self._diagnoses: dict[tuple[int | None, int | None, bool], Diagnostics] = {}
 
     # draws
 
@@ -238,15 +238,16 @@ class Posterior:
         """The standard deviation of each element of each site: name -> (*shape)."""
         return {name: draws.std(0) for name, draws in self._summary.items()}
 
-    def diagnose(self, num_samples: int = 10_000, *, seed: int | None = None, hmc: bool = True) -> Diagnostics:
+    def diagnose(self, num_samples: int | None = None, *, seed: int | None = None, hmc: bool = True) -> Diagnostics:
         """ELBO, log evidence, k-hat and ESS from fresh draws, what a short HMC moves, and a verdict in words.
 
         The draws are independent of the fit's. The same call again is answered from memory. What the numbers
         can't show: a mode that q never visits (see `flowvi.diagnostics`).
 
         Args:
-            num_samples: S, at least 100. The largest weights decide, so few draws are optimistic. Where so many don't
-                tell whether a mean or sd is right (`Diagnostics.undecided`), up to 16 times as many are made.
+            num_samples: S, at least 100. The largest weights decide, so few draws are optimistic. None: 10,000, and
+                up to 16 times as many where so many leave it undecided whether a mean or sd is right
+                (`Diagnostics.undecided`).
             seed: Other draws; None stands for one fixed choice.
             hmc: Whether the short HMC is run (`flowvi.short_run`): about a thousand gradients of 128
                 particles, a second for most models; and, for a fit that was not whitened, the search for modes
@@ -255,19 +256,20 @@ class Posterior:
         Returns:
             The diagnostics.
         """
-        whole_numbers(100, num_samples=num_samples)
+        if num_samples is not None:
+            whole_numbers(100, num_samples=num_samples)
         seed = as_seed(seed)
         flags(hmc=hmc)
         key = (num_samples, seed, hmc)
         if key not in self._diagnoses:
             generator = _generator(self.seed or 0 if seed is None else seed, "diagnose", self.density.device)
-            z, log_p, log_q = self._weigh(num_samples, generator)
+            z, log_p, log_q = self._weigh(num_samples or _DRAWS, generator)
             starts = self._starts_evidence
             if starts is None and hmc and bool((log_p - log_q).isfinite().all()):
                 starts = self._search(z, log_p - log_q)
             moved = self._short_run(generator) if hmc and log_p.isfinite().any() else None
             found = self._judge(z, log_p, log_q, moved, starts)
-            most = min(_MOST_DRAWS * num_samples, _SUMMARY_ELEMENTS // self.density.dim)
+            most = num_samples or min(_MOST_DRAWS, _SUMMARY_ELEMENTS // self.density.dim)
             while found.undecided and 2 * len(z) <= most:  # a few far draws decide an sd
                 more = self._weigh(len(z), generator)
                 z, log_p, log_q = (torch.cat(pair) for pair in zip((z, log_p, log_q), more, strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowvi.chains import Agreement, Chains, agreement, describe_separation
-from flowvi.checks import as_seed, whole_numbers
+from flowvi.checks import as_seed
 from flowvi.diagnostics import Diagnostics
 from flowvi.errors import FileFormatError
 from flowvi.posterior import _SUMMARY_ELEMENTS, Posterior
@@ -118,11 +118,13 @@ class RefinedPosterior(Posterior):
         """R-hat and ESS of the unconstrained coordinates, at their worst."""
         return agreement(self.chains.z)
 
-    def diagnose(self, num_samples: int = 10_000, *, seed: int | None = None, hmc: bool = False) -> RefinedDiagnostics:
+    def diagnose(
+        self, num_samples: int | None = None, *, seed: int | None = None, hmc: bool = False
+    ) -> RefinedDiagnostics:
         """R-hat, ESS and divergences of the chains, the evidence by bridge sampling, and a verdict in words.
 
         Args:
-            num_samples: Draws of the flow for ELBO and k-hat, at least 100.
+            num_samples: Draws of the flow for ELBO and k-hat, as for `Posterior.diagnose`.
             seed: As for `Posterior.diagnose`.
             hmc: Not used: the chains are an HMC.
 
@@ -130,7 +132,6 @@ class RefinedPosterior(Posterior):
             The diagnostics. Trusted only if R-hat is below the limit, bulk and tail ESS reach what was asked, at
             most 0.1% of the steps diverged and, where the target's log Z is known, the evidence agrees with it.
         """
-        whole_numbers(100, num_samples=num_samples)
         seed = as_seed(seed)
         key = (num_samples, seed, False)
         if key not in self._diagnoses:
