@@ -109,7 +109,7 @@ def test_a_scan_asks_no_more_than_it_is_worth():
         asked.append(len(z))
         return -0.5 * z.square().sum(1)
 
-    bounds = ((2, 0, 0, 0), (5, 0, 2**14, 2**15), (10, 10_000, 8000, 10_000), (17, 0, 2**13, 2**14))
+    bounds = ((2, 0, 0, 0), (5, 0, 2**15, 2**16), (10, 10_000, 8000, 10_000), (17, 0, 2**14, 2**15))
     for dim, num_data, least, most in bounds:
         density = flowvi.as_density(log_prob, dim=dim)
         asked.clear()

@@ -4,7 +4,7 @@ A second mode of half the width is above what the known one leaves in a ball: if
 with its centre 4 d / 3 away. Few directions meet that ball, but values alone are cheap, and in it log p is far above
 that of other places equally far out.
 
-- Outside: a share of about 2^-D of the directions meets it. Up to 16 dimensions a few of 2^(D + 5) places do, beyond
+- Outside: a share of about 2^-D of the directions meets it. Up to 16 dimensions a few of 2^(D + 6) places do, beyond
   them no number that can be paid for.
 - Inside the known mode's bulk, a few sds from its centre, where in many dimensions no draw comes: about one place in a
   thousand, however high D is.
@@ -32,7 +32,7 @@ LEAST_DIM, MOST_DIM = 3, 16
 NEAREST, MIDDLE, FARTHEST = 1.0, 1.2, 8.0
 """How far out to look: inside from 1 sd to 1.2 sqrt(D) sds, and outside to 8 sqrt(D)."""
 
-PLACES_INSIDE, PLACES_AT_0, MOST_PLACES = 2**14, 2**5, 2**20
+PLACES_INSIDE, PLACES_AT_0, MOST_PLACES = 2**15, 2**6, 2**20
 MOST_WORK = 5e7
 """Data points whose density is asked for at most; not seconds, so that bits are the same."""
 
