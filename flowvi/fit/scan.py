@@ -36,8 +36,8 @@ PLACES_INSIDE, PLACES_AT_0, MOST_PLACES = 2**15, 2**6, 2**20
 MOST_WORK = 5e7
 """Data points whose density is asked for at most; not seconds, so that bits are the same."""
 
-SHELL = 1024
-"""Places that are equally far out, about, and are looked at together."""
+SHELL, LEAST_SHELL, AT_ONCE = 4096, 256, 2**22
+"""Places that are equally far out, about, and are looked at together: fewer where they have more data than that."""
 
 CANDIDATES, SAME_WAY = 2048, 0.25
 """How many of the outstanding are considered, and the cosine from which on two are in the same direction."""
@@ -59,26 +59,27 @@ def stand_out(known: Start, density: LogDensity, generator: torch.Generator, num
     dim = len(known.loc)
     found = [known.loc.new_empty(0, dim)]
     affordable = int(MOST_WORK / max(1, num_data))
+    shell = max(LEAST_SHELL, min(SHELL, AT_ONCE // max(1, num_data)))
     middle = MIDDLE * dim**0.5
     if dim >= LEAST_DIM:
-        found.append(_between(NEAREST, middle, min(PLACES_INSIDE, affordable), known, density, generator))
+        found.append(_between(NEAREST, middle, min(PLACES_INSIDE, affordable), shell, known, density, generator))
     if LEAST_DIM <= dim <= MOST_DIM:
         num = min(PLACES_AT_0 * 2**dim, MOST_PLACES, affordable)
-        found.append(_between(middle, FARTHEST * dim**0.5, num, known, density, generator))
+        found.append(_between(middle, FARTHEST * dim**0.5, num, shell, known, density, generator))
     return torch.cat(found)
 
 
 def _between(
-    inner: float, outer: float, num: int, known: Start, density: LogDensity, generator: torch.Generator
+    inner: float, outer: float, num: int, shell: int, known: Start, density: LogDensity, generator: torch.Generator
 ) -> Tensor:
     """What stands out (16, D) among about so many places at distances between these, in sds."""
     loc, root = known.loc, known.scale_tril
     dim, device = len(loc), loc.device
-    shells = max(1, num // SHELL)
+    shells = max(1, num // shell)
     edges = torch.linspace(math.log(inner), math.log(outer), shells + 1).exp().tolist()
     best: list[tuple[Tensor, Tensor]] = []
     for low, high in itertools.pairwise(edges):
-        x = torch.randn(min(num, SHELL), dim, generator=generator, dtype=torch.float64, device=device)
+        x = torch.randn(min(num, shell), dim, generator=generator, dtype=torch.float64, device=device)
         share = torch.rand(len(x), 1, generator=generator, dtype=torch.float64, device=device)
         x = ((low + (high - low) * share) * torch.nn.functional.normalize(x, dim=1)).to(loc)
         log_p = density(_placed(x, loc, root)).double()
