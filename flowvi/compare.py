@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowvi.checks import flags, whole_numbers
+from flowvi.checks import flags
 from flowvi.diagnostics import Diagnostics
 from flowvi.errors import DimensionError, OptionError, UntrustedWarning
 from flowvi.inference_data import find_arviz
@@ -64,8 +64,6 @@ def compare(posteriors: Mapping[str, Posterior], *, num_samples: int | None = No
         UntrustedWarning: One of the posteriors isn't trusted.
     """
     _check(posteriors)
-    if num_samples is not None:
-        whole_numbers(100, num_samples=num_samples)
     flags(loo=loo)
     pandas = _pandas()
     found = {name: posterior.diagnose(num_samples) for name, posterior in posteriors.items()}

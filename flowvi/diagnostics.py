@@ -342,10 +342,11 @@ def _changes(x: _Array, weights: _Array, sure: float) -> tuple[_Array, _Array]:
     ratio_se = np.sqrt(((excess * (x**2 - 1)) ** 2).sum(0)) / 2
     change = np.maximum(shift - shift_noise, ratio - _noise(ratio_se, sure))
     gone = (count < 2) | (mass <= 0)
-    return tuple(  # type: ignore[return-value]
-        np.where(gone, np.inf, np.where(moves, np.nan_to_num(c, nan=np.inf), 0.0))
-        for c in (change, np.maximum(shift, ratio))
-    )
+
+    def told(c: _Array) -> _Array:
+        return np.where(gone, np.inf, np.where(moves, np.nan_to_num(c, nan=np.inf), 0.0))
+
+    return told(change), told(np.maximum(shift, ratio))
 
 
 def _verdict(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bool, str, bool]:
@@ -435,12 +436,9 @@ def _bad_weights(d: Diagnostics, tail_ok: bool) -> list[str]:
             f"The largest importance weights have a heavy tail (k-hat {d.khat:.2f}, limit "
             f"{khat_limit(d.num_samples):.2f}): the flow is too narrow somewhere, and resample() can't "
             "repair it. Use more flows or another family, or fit longer."
-            + (
-                ""
-                if d.unsettled < SHIFT_LIMIT
-                else f" A mean or sd may be off by {d.unsettled:.0%}, within their noise."
-            )
         )
+        if d.reweighted < SHIFT_LIMIT <= d.unsettled:
+            bad.append(f"A mean or sd may be off by {d.unsettled:.0%}, within their noise.")
     if not d.ess_fraction >= ESS_LIMIT:
         bad.append(
             f"The draws are worth {d.ess:.0f} of {d.num_samples} (limit {ESS_LIMIT:.0%}): the flow and the "

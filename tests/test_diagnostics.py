@@ -396,9 +396,8 @@ def test_khat_is_not_overruled_where_the_weights_may_ask_for_a_larger_sd():
 def test_a_site_that_draws_decide_slowly_is_undecided():
     z = draws(1000, 3)
     log_q = normal(z).sum(1)
-    log_p = log_q + 1.5 * np.maximum(
-        np.abs(z[:, 1]) - 2.2, 0.0
-    )  # the sd of z[1] is some 10% larger, as far as one sees
+    # the sd of z[1] is some 10% larger, as far as one sees
+    log_p = log_q + 1.5 * np.maximum(np.abs(z[:, 1]) - 2.2, 0.0)
     found = judge(log_p, log_q, dim=3, z=z, moved=moves())
     assert found.reweighted < 0.1 < found.unsettled
     assert found.undecided

@@ -111,27 +111,29 @@ def _search(
     warm = _warm(known, target, generator, len(radii))
     for number in range(ROUNDS):
         modes = [*known, *found]
-        new, top = _round(modes, target, generator, radii, warm, bar)
+        new, place, height = _round(modes, target, generator, radii, warm, bar)
         warm = warm[:0]
         found += new
         told = number == 0 and not getattr(target, "subsampled", False)  # a minibatch's log p says little of heights
-        if told and not (new and bool(near(new, top.loc[None]).any())):
-            found += _inside(known[0], top, target, generator, bar)
+        if told and not (new and bool(near(new, place[None]).any())):
+            found += _inside(known[0], place, height, target, generator, bar)
         if not new:
             break
     return tuple(found)
 
 
-def _inside(known: Start, top: Start, target: Target, generator: torch.Generator, bar: Bar) -> list[Start]:
+def _inside(
+    known: Start, place: Tensor, height: float, target: Target, generator: torch.Generator, bar: Bar
+) -> list[Start]:
     """A narrow mode in a wide one's bulk: no valley is between them, but a Gaussian that begins narrow stays there.
 
     In many dimensions the narrow one's top may be tens of nats higher, and no draw of the wide one comes near it.
     """
     centre = float(torch.nan_to_num(target.value_and_grad(known.loc[None])[0], nan=-math.inf))
-    if not (top.elbo > centre + ABOVE and bool(near([known], top.loc[None]).all())):
+    if not (height > centre + ABOVE and bool(near([known], place[None]).all())):
         return []
     loc, tril, elbo = ascend(
-        target, top.loc[None], NARROW * top.scale_tril[None], NUM_STEPS, NUM_PARTICLES, generator, bar
+        target, place[None], NARROW * known.scale_tril[None], NUM_STEPS, NUM_PARTICLES, generator, bar
     )
     start = Start(loc[0], tril[0], float(elbo))
     return [start] if start.elbo > known.elbo + math.log(MIN_SHARE) else []
@@ -161,8 +163,8 @@ def _round(
     radii: Sequence[float],
     warm: Tensor,
     bar: Bar,
-) -> tuple[list[Start], Start]:
-    """New modes, and the highest place that was reached, with its log p."""
+) -> tuple[list[Start], Tensor, float]:
+    """New modes, the highest place that was reached (D,), and its log p."""
     best = modes[0]
     root = best.scale_tril
     guesses = _guesses(modes)[:NUM_GUESSES]
@@ -170,7 +172,7 @@ def _round(
     far = best.loc + (far @ root.mT if root.dim() == 2 else far * root)
     z = torch.cat([far, *(g.unsqueeze(0) for g in guesses), warm])
     z, log_p = _climb(z, best.loc, root, target, bar)
-    top = Start(z[log_p.argmax()], root, float(log_p.max()))
+    top = z[log_p.argmax()], float(log_p.max())
     at_modes, _ = target.value_and_grad(torch.stack([m.loc for m in modes]))
     low = torch.nan_to_num(at_modes, nan=-math.inf).max() - LAG - LAG_PER_DIM * len(best.loc)
     places = z[log_p > low]
@@ -183,7 +185,7 @@ def _round(
         if len(chosen) < MAX_NEW and not (chosen and bool(near(chosen, place[None]).any())):
             chosen.append(scout)
     if not chosen:
-        return [], top
+        return [], *top
     loc, tril = torch.stack([c.loc for c in chosen]), torch.stack([c.scale_tril for c in chosen])
     loc, tril, elbo = ascend(target, loc, 0.5 * tril, NUM_STEPS, NUM_PARTICLES, generator, bar)
     least = max(m.elbo for m in modes) + math.log(MIN_SHARE)
@@ -194,7 +196,7 @@ def _round(
         apart = not bool(near(others, start.loc[None]).any())
         if apart and not any(paths([(start, other) for other in others], target, PATH_DIP)):
             new.append(start)
-    return new, top
+    return new, *top
 
 
 def _far(num: int, dim: int, generator: torch.Generator, radii: Sequence[float]) -> Tensor:

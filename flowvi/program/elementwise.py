@@ -86,10 +86,6 @@ def _isinf(walk: Walk, x: View) -> View:
     return walk.pointwise(Op.EQ, walk.pointwise(Op.ABS, x), math.inf)
 
 
-def _full_like(walk: Walk, x: View, value: float, **_: Any) -> Tensor:
-    return torch.full(x.sizes, value, dtype=walk.dtype)
-
-
 def _to_copy(walk: Walk, x: View, dtype: torch.dtype | None = None, **_: Any) -> View:
     if dtype not in (None, walk.dtype, torch.bool):
         raise NotLowered(f"numbers of another kind, {dtype}")
@@ -135,7 +131,6 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.rsqrt.default: _rsqrt,
     aten.isinf.default: _isinf,
     aten.where.self: _where,
-    aten.full_like.default: _full_like,
     aten._to_copy.default: _to_copy,
 }
 

@@ -66,11 +66,8 @@ def _bmm(walk: Walk, a: Any, b: Any) -> Any:
         return _bmm_folded(walk, a, b)
     first = a if isinstance(a, View) else b
     if first.batch == 0:
-        a, b = (x if isinstance(x, View) else walk.row(x, 0) for x in (a, b))
-        found = _matrices(
-            walk, *(x.unsqueeze(0) if isinstance(x, Tensor) else views.unsqueeze(walk, x, 1) for x in (a, b))
-        )
-        return views.squeeze(walk, found, 1)
+        one = [views.unsqueeze(walk, x, 1) if isinstance(x, View) else walk.row(x, 0)[None] for x in (a, b)]
+        return views.squeeze(walk, _matrices(walk, *one), 1)
     if isinstance(a, View) and isinstance(b, Tensor) and a.batch == 1:  # (g, S, k) (g, k, m)
         x = a.inner
         (g, k), m = x.sizes, b.shape[2]

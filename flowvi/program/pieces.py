@@ -30,8 +30,8 @@ def _scatter(view: Callable[..., View]) -> Callable[..., View]:
         out = walk.new(x.inner.sizes)
         walk.copy(x.inner, out)
         whole = walk.batched(out, x.batch)
-        part = view(walk, whole, *args, **kwargs)
-        walk.copy(walk.like(source, part).inner, part.inner)
+        shown = view(walk, whole, *args, **kwargs)
+        walk.copy(walk.like(source, shown).inner, shown.inner)
         return whole
 
     return handler
@@ -72,11 +72,11 @@ def _pad(walk: Walk, x: View, pad: Sequence[int], value: float = 0.0) -> View:
         raise NotLowered("particles are added")
     out = walk.batched(walk.new([n for d, n in enumerate(sizes) if d != x.batch]), x.batch)
     walk.copy(walk.constant(value), out.inner)
-    part = out
+    middle = out
     for d, (before, _) in ends.items():
         if d != x.batch:
-            part = views.narrow(walk, part, d, max(0, before), max(0, before) + x.sizes[d])
-    walk.copy(x.inner, part.inner)
+            middle = views.narrow(walk, middle, d, max(0, before), max(0, before) + x.sizes[d])
+    walk.copy(x.inner, middle.inner)
     return out
 
 

@@ -156,8 +156,6 @@ def item(walk: Walk, x: Any, index: int) -> Any:
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **{getattr(aten, name).default: same for name in ("alias", "clone", "detach", "lift_fresh_copy")},
-    aten.view.default: reshape,
-    aten._unsafe_view.default: reshape,
     aten.reshape.default: reshape,
     aten.unsqueeze.default: unsqueeze,
     aten.squeeze.dim: squeeze,

@@ -1,6 +1,6 @@
 r"""A register machine for densities: a program of tensor operations on blocks of particles, each operation one loop.
 
-A program (`flowvi.targets.program`) is a list of instructions over one array of memory. A register holds a tensor of
+A program (`flowvi.program`) is a list of instructions over one array of memory. A register holds a tensor of
 every particle in the block, as (*shape, LANES): particles are innermost, so that each operation is a run of whole
 vectors, whatever the tensor's shape; and a block is so small that what an operation leaves is still in the cache when
 the next one asks for it. That is what a loop over operations of all particles can't have, and no compiler is needed:
