@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from flowvi.columns import columns
-from flowvi.diagnostics import Diagnostics, _verdict, gap_limit, judge
+from flowvi.diagnostics import Diagnostics, gap_limit, judge
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
 from flowvi.flow import Flow, FlowSpec
 from flowvi.psis import khat_limit, psis
 from flowvi.short_run import ShortRun, symmetric_kl
 from flowvi.targets import as_density
+from flowvi.verdict import decide
 
 BACKENDS = ["arviz_stats", "arviz"]
 
@@ -221,8 +222,8 @@ def test_nan_is_never_trusted(field):
         "gap_se": 0.0,
     }
     good |= {"khat": 0.1, "ess": 900.0, "ess_fraction": 0.9, "nonfinite_fraction": 0.0, "num_samples": 1000}
-    assert _verdict(Diagnostics(**good, trusted=False, verdict=""), 5, flat=False, settled=False)[0]
-    assert not _verdict(
+    assert decide(Diagnostics(**good, trusted=False, verdict=""), 5, flat=False, settled=False)[0]
+    assert not decide(
         Diagnostics(**(good | {field: math.nan}), trusted=False, verdict=""), 5, flat=False, settled=False
     )[0]
 
@@ -382,7 +383,7 @@ def test_khat_is_not_overruled_where_the_weights_may_ask_for_a_larger_sd():
 
     def found(khat, unsettled, **more):
         numbers = Diagnostics(**(good | more), khat=khat, unsettled=unsettled, trusted=False, verdict="")
-        return _verdict(numbers, 5, flat=False, settled=True)
+        return decide(numbers, 5, flat=False, settled=True)
 
     assert found(0.8, 0.05)[::2] == (True, False)
     trusted, words, undecided = found(0.8, 0.13)  # more draws would tell
