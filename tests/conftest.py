@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import platform
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
+import hypothesis
 import pyro
 import pytest
 import torch
@@ -48,9 +50,18 @@ def pytest_configure(config):
         sys.flowvi_has_no_network = True
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    # The same examples at each run: a failure is the change's. The slow tests draw theirs from seeds of their own.
+    hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
+    hypothesis.settings.load_profile("same")
     path = config.getoption("slow_report")
     if path and not hasattr(config, "workerinput"):  # the workers' reports reach the first process
         config.pluginmanager.register(SlowReport(Path(path)))
+
+
+def pytest_collection_finish():
+    """What the imports made stays to the end: garbage collections, which some tests ask for, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 class SlowReport:

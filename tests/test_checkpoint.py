@@ -131,7 +131,10 @@ def clean(posterior):
     return posterior
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW_CASES = ("autograd", "factory", "objective")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW_CASES else c for c in CASES])
 def test_a_crash_at_any_file_leaves_the_same_result(case, tmp_path):
     fit = CASES[case]
     whole = clean(fit())
@@ -538,7 +541,7 @@ def digest(posterior) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("num", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments_changes_no_bit(num, tmp_path):
     limit = 300 + 6 * num
     try:

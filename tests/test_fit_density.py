@@ -246,7 +246,13 @@ def has_twin(name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("flow", [name for name in FLOWS if has_twin(name)])
+IN_A_HURRY = ("planar", "real_nvp", "maf", "neural_spline")  # one of a kind; the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [pytest.param(f, marks=() if f in IN_A_HURRY else pytest.mark.slow) for f in FLOWS if has_twin(f)],
+)
 def test_every_conditional_flow_learns_a_regression(flow):
     y, c = regression(3000, 0)
     q = fit(y, flow, c, num_flows=2, num_steps=600, lr=1e-2, batch_size=256)

@@ -98,9 +98,6 @@ def apart(tmp_path, monkeypatch):
 def generated(num):
     return settings(
         max_examples=num,
-        derandomize=True,
-        deadline=None,
-        database=None,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate,),
     )

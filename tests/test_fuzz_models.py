@@ -215,9 +215,6 @@ def check(case, setting):
 def generated(num):
     return settings(
         max_examples=num,
-        derandomize=True,
-        deadline=None,
-        database=None,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate,),
     )

@@ -522,14 +522,14 @@ def test_a_damaged_file_is_never_read_as_something_else(tmp_path):
     path = saved(tmp_path)
     raw = path.read_bytes()
     target = gaussian().density
-    reference = load(path, target).diagnose(100)
+    reference = load(path, target).diagnose(100, hmc=False)
     damaged = 0
-    for i in range(0, len(raw), 37):
+    for i in range(0, len(raw), len(raw) // 60):
         broken = bytearray(raw)
         broken[i] ^= 0x10
         path.write_bytes(broken)
         try:
-            same = load(path, target).diagnose(100) == reference
+            same = load(path, target).diagnose(100, hmc=False) == reference
         except FileFormatError as error:
             damaged += 1
             assert "fit.pt" in str(error)  # noqa: PT017
@@ -660,7 +660,7 @@ def test_deepcopy_and_the_guide():
     guide = posterior.guide
     assert isinstance(guide, AutoFlow)
     assert posterior.guide is guide
-    draws = pyro.infer.Predictive(posterior.density.model, guide=guide, num_samples=2000)(Y, SIGMA)
+    draws = pyro.infer.Predictive(posterior.density.model, guide=guide, num_samples=500)(Y, SIGMA)
     expected = posterior.mean()
     for name in ("mu", "tau"):
-        assert draws[name].mean() == pytest.approx(float(expected[name]), abs=5 * float(draws[name].std()) / 2000**0.5)
+        assert draws[name].mean() == pytest.approx(float(expected[name]), abs=5 * float(draws[name].std()) / 500**0.5)

@@ -90,7 +90,7 @@ def _each(op):
 EXP, LOG, LOG1P = (_each(f) for f in (elementary.exp, elementary.log, elementary.log1p))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
 def test_elementary_functions_are_right_to_the_last_bits(numbers):
     x = np.array(numbers)
@@ -279,7 +279,7 @@ STEPS = {
     "slice": lambda a, k: a[:: 1 + k % 2] if a.shape[0] > 1 else a,
     "tail": lambda a, k: a[..., 1:] if a.shape[-1] > 1 else a,
     "select": lambda a, k: a[k % len(a)] if a.dim() > 1 else a,
-    "sum": lambda a, k: a.sum(k % a.dim()) if a.dim() > 1 else a - a.sum(),
+    "sum": lambda a, k: a.sum(k % a.dim()) if a.dim() > 1 else a - a.sum() / (2 * a.numel()),
     "centre": lambda a, k: a - a.mean(k % a.dim(), keepdim=True),
     "softmax": lambda a, k: a.softmax(k % a.dim()),
     "amax": lambda a, k: a.amax(k % a.dim(), keepdim=True) * a.sin(),
@@ -301,7 +301,7 @@ STEPS = {
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 5)), min_size=1, max_size=7))
 def test_chains_of_operations(steps):
     def log_p(z):

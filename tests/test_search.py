@@ -64,7 +64,7 @@ def test_a_narrow_mode_among_wide_ones():
     assert found.elbo == pytest.approx(-math.log(2), abs=0.1)
 
 
-@pytest.mark.parametrize("apart", [6.0, 10.0, 16.0])
+@pytest.mark.parametrize("apart", [6.0, pytest.param(10.0, marks=pytest.mark.slow), 16.0])
 def test_chains_at_a_temperature_walk_into_a_mode_that_no_slope_leads_to(apart, monkeypatch):
     # Half as wide in 10 dimensions: uphill from a random direction it is found once in thousands of times.
     centres = torch.tensor([[0.0] * 10, [apart] + [0.0] * 9])
