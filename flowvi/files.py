@@ -87,10 +87,10 @@ def read(path: Path, kind: Kind = POSTERIOR) -> dict[str, Any]:
         "fit and save anew."
     )
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise FileFormatError(unreadable)
-        file.seek(0)
         try:
+            if not zipfile.is_zipfile(file):  # torch.load would look for an older format of its own
+                raise zipfile.BadZipFile("not a zip archive")
+            file.seek(0)
             # only tensors and plain containers: anything else in the file is refused before it can act
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:

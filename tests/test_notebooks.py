@@ -1,4 +1,7 @@
-"""The notebooks: text in the repository, run from top to bottom in the fast setting, each in a kernel of its own."""
+"""The notebooks: text in the repository, run from top to bottom in the fast setting.
+
+Here every cell runs in the test's own process; each in a kernel of its own is a slow test.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,9 +21,34 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.md"))
 MISSING = [name for name in ("jupytext", "nbmake", "ipykernel", "matplotlib") if importlib.util.find_spec(name) is None]
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install 'flowvi[notebooks]'")
+needs_all = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install 'flowvi[notebooks]'")
+
+
+@needs_all
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(notebook, tmp_path):
+def test_every_cell_runs(notebook, tmp_path, monkeypatch):
+    import jupytext
+    import matplotlib.pyplot as plt
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWVI_FAST", "1")
+    plt.switch_backend("Agg")
+    shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an untrusted fit is one of the things that are shown
+        for cell in jupytext.read(notebook).cells:
+            if cell.cell_type == "code":
+                shell.run_cell(cell.source).raise_error()
+    assert plt.get_fignums()
+    plt.close("all")
+
+
+@pytest.mark.slow
+@needs_all
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_in_a_kernel(notebook, tmp_path):
     import jupytext
 
     book = jupytext.read(notebook)

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import pickle
+from contextlib import suppress
 
 import numpy as np
 import pyro
@@ -22,7 +23,7 @@ from flowvi.errors import (
     TargetError,
     UnknownFlowError,
 )
-from flowvi.files import write
+from flowvi.files import read, write
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import AutoFlow
 from flowvi.posterior import History, Posterior
@@ -536,6 +537,18 @@ def test_a_damaged_file_is_never_read_as_something_else(tmp_path):
         else:
             assert same  # the byte was padding
     assert damaged > 20
+
+
+@pytest.mark.parametrize("bit", [0, 7])
+def test_any_damage_to_a_files_directory_is_a_typed_error(tmp_path, bit):
+    path = saved(tmp_path)
+    raw = path.read_bytes()
+    for i in range(len(raw) - 500, len(raw)):
+        broken = bytearray(raw)
+        broken[i] ^= 1 << bit
+        path.write_bytes(broken)
+        with suppress(FileFormatError):  # or the byte is one that nobody reads
+            read(path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
