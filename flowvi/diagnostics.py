@@ -90,6 +90,9 @@ class Diagnostics:
         unsettled: The largest change that they may ask for, noise not taken off.
         undecided: Whether that is beyond .1, and nothing else is against the fit: so few draws don't tell, and
             `Posterior.diagnose` makes more.
+        overshoot: How much further draws of q, so far out and so seldom that those of a diagnosis have next to none of
+            them, enlarge an sd where the target has nothing (`flowvi.far_draws`); and `overshoot_site`. 0 where it was
+            not looked for, because something else is against the fit.
         missed: Log evidence by all starts of the whitening, or with what a search found beside q, minus `log_evidence`,
             and `missed_se`; None where there is neither.
         kl: KL(q || p) = log Z - ELBO, where the target's normalizer is known, and `kl_se`. A missed mode does
@@ -119,6 +122,8 @@ class Diagnostics:
     reweighted_site: str = ""
     unsettled: float = 0.0
     undecided: bool = False
+    overshoot: float = 0.0
+    overshoot_site: str = ""
     missed: float | None = None
     missed_se: float | None = None
     kl: float | None = None
@@ -153,6 +158,7 @@ def judge(
     z: _Array | None = None,
     moved: ShortRun | None = None,
     starts_evidence: tuple[float, float] | None = None,
+    overshoot: tuple[float, str] = (0.0, ""),
     name: Callable[[int], str] = "z[{}]".format,
 ) -> Diagnostics:
     """Diagnostics and verdict from log p and log q at fresh draws of q.
@@ -162,7 +168,8 @@ def judge(
     - at most 1% of the draws are not finite;
     - the whitening's starts found no evidence that q misses (.03 nats and three standard errors);
     - the short HMC finds J below `j_limit`;
-    - neither it nor, with k-hat below 1, the weights ask for a shift of a mean or sd beyond .1;
+    - neither it nor, with k-hat below 1, the weights ask for a shift of a mean or sd beyond .1, and no far draws of q
+      enlarge an sd by that;
     - the ELBO is less than `gap_limit` below the log evidence (two standard errors added) and, where log Z is
       known, KL(q || p) is below that too;
     - k-hat is below `khat_limit`, or no weight is above three times the mean; and the ESS is at least 20% of the
@@ -180,6 +187,7 @@ def judge(
         z: The draws (S, D), with more columns if wanted; without them the weights say nothing of means and sds.
         moved: What the short HMC found, where it was run.
         starts_evidence: The log evidence by all starts of the whitening or with what a search found, and its error.
+        overshoot: By how much far draws of q enlarge an sd, and which, where they were looked for.
         name: What to call a coordinate of z, or a further column.
 
     Returns:
@@ -231,6 +239,8 @@ def judge(
         "ess_fraction": ess / num,
         "nonfinite_fraction": float(1 - finite.mean()),
         "num_samples": num,
+        "overshoot": overshoot[0],
+        "overshoot_site": overshoot[1],
     }
     if log_normalizer is not None:
         numbers |= {"kl": float(log_normalizer) - numbers["elbo"], "kl_se": numbers["elbo_se"]}

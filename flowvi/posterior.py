@@ -24,6 +24,7 @@ from flowvi.checks import as_array, as_seed, as_tensor, flags, instances, shown,
 from flowvi.columns import columns
 from flowvi.diagnostics import Diagnostics, judge
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
+from flowvi.far_draws import overshoot
 from flowvi.flow import Flow
 from flowvi.psis import psis
 from flowvi.short_run import ShortRun, symmetric_kl
@@ -40,6 +41,7 @@ _CHUNK_ELEMENTS = 2**21  # of z at a time, however many draws are asked for
 _SUMMARY_ELEMENTS = 2**23  # of the draws behind mean, std and quantiles
 _MAX_HMC_DIM = 2000  # of the short HMC
 _DRAWS, _MOST_DRAWS = 10_000, 160_000  # of a diagnosis, and while it is undecided
+_FAR = 16  # times as many are drawn to see whether there are some far out
 _POOL = 10_000  # at least so many draws to resample from
 
 
@@ -274,6 +276,10 @@ class Posterior:
                 more = self._weigh(len(z), generator)
                 z, log_p, log_q = (torch.cat(pair) for pair in zip((z, log_p, log_q), more, strict=True))
                 found = self._judge(z, log_p, log_q, moved, starts)
+            num = min(_FAR * len(z), _MOST_DRAWS, _SUMMARY_ELEMENTS // self.density.dim)
+            if found.trusted and num > len(z) and self.density.path != "eager":
+                far = overshoot(z, found.log_evidence, self._draw(num, generator), self.density.full)
+                found = self._judge(z, log_p, log_q, moved, starts, far)
             self._diagnoses[key] = found
             words = self.config.get("label_switching")
             if words:
@@ -287,6 +293,7 @@ class Posterior:
         log_q: Tensor,
         moved: ShortRun | None,
         starts_evidence: tuple[float, float] | None,
+        far: tuple[float, str] = (0.0, ""),
     ) -> Diagnostics:
         seen, names = columns(self.density, z)
         return judge(
@@ -297,6 +304,7 @@ class Posterior:
             z=seen.cpu().numpy(),
             moved=moved,
             starts_evidence=starts_evidence,
+            overshoot=far,
             name=names,
         )
 

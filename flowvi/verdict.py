@@ -75,6 +75,11 @@ def decide(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bool
             f"The importance weights move the mean of {d.reweighted_site}, in sds, or change its sd by more than "
             f"{d.reweighted:.0%}: resample() takes the draws there, as far as k-hat lets it; a longer fit does too."
         )
+    if not d.overshoot < SHIFT_LIMIT:
+        bad.append(
+            f"A few draws of the flow lie far outside, where the posterior has nothing, and enlarge the sd of "
+            f"{d.overshoot_site} by {d.overshoot:.0%}: resample() leaves them out, and quantiles hardly know of them."
+        )
     waived = settled and not bad  # then the weights have no veto: k-hat refuses a third of the right ones
     if not d.nonfinite_fraction <= NONFINITE_LIMIT:
         bad.append(
