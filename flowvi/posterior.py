@@ -21,16 +21,13 @@ import torch
 from torch import Tensor
 
 from flowvi.checks import as_array, as_seed, as_tensor, flags, instances, shown, whole_numbers
-from flowvi.columns import columns
-from flowvi.diagnostics import Diagnostics, judge
+from flowvi.diagnostics import Diagnostics
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
-from flowvi.far_draws import overshoot
+from flowvi.examine import examine
 from flowvi.flow import Flow
 from flowvi.psis import psis
-from flowvi.short_run import ShortRun, symmetric_kl
 from flowvi.table import PERCENTS, table
 from flowvi.targets.density import LogDensity
-from flowvi.threads import one_thread_if_small
 
 if TYPE_CHECKING:
     from flowvi.refined import RefinedPosterior
@@ -39,9 +36,6 @@ __all__ = ["History", "Posterior"]
 
 _CHUNK_ELEMENTS = 2**21  # of z at a time, however many draws are asked for
 _SUMMARY_ELEMENTS = 2**23  # of the draws behind mean, std and quantiles
-_MAX_HMC_DIM = 2000  # of the short HMC
-_DRAWS, _MOST_DRAWS = 10_000, 160_000  # of a diagnosis, and while it is undecided
-_FAR = 16  # times as many are drawn to see whether there are some far out
 _POOL = 10_000  # at least so many draws to resample from
 
 
@@ -265,79 +259,10 @@ class Posterior:
         key = (num_samples, seed, hmc)
         if key not in self._diagnoses:
             generator = _generator(self.seed or 0 if seed is None else seed, "diagnose", self.density.device)
-            z, log_p, log_q = self._weigh(num_samples or _DRAWS, generator)
-            starts = self._starts_evidence
-            if starts is None and hmc and bool((log_p - log_q).isfinite().all()):
-                starts = self._search(z, log_p - log_q)
-            moved = self._short_run(generator) if hmc and log_p.isfinite().any() else None
-            found = self._judge(z, log_p, log_q, moved, starts)
-            most = num_samples or min(_MOST_DRAWS, _SUMMARY_ELEMENTS // self.density.dim)
-            while found.undecided and 2 * len(z) <= most:  # a few far draws decide an sd
-                more = self._weigh(len(z), generator)
-                z, log_p, log_q = (torch.cat(pair) for pair in zip((z, log_p, log_q), more, strict=True))
-                found = self._judge(z, log_p, log_q, moved, starts)
-            num = min(_FAR * len(z), _MOST_DRAWS, _SUMMARY_ELEMENTS // self.density.dim)
-            if found.trusted and num > len(z) and self.density.path != "eager":
-                far = overshoot(z, found.log_evidence, self._draw(num, generator), self.density.full)
-                found = self._judge(z, log_p, log_q, moved, starts, far)
-            self._diagnoses[key] = found
+            found = examine(self, num_samples, generator, hmc=hmc)
             words = self.config.get("label_switching")
-            if words:
-                self._diagnoses[key] = replace(found, verdict=f"{found.verdict} {words}")
+            self._diagnoses[key] = replace(found, verdict=f"{found.verdict} {words}") if words else found
         return self._diagnoses[key]
-
-    def _judge(
-        self,
-        z: Tensor,
-        log_p: Tensor,
-        log_q: Tensor,
-        moved: ShortRun | None,
-        starts_evidence: tuple[float, float] | None,
-        far: tuple[float, str] = (0.0, ""),
-    ) -> Diagnostics:
-        seen, names = columns(self.density, z)
-        return judge(
-            log_p.cpu().numpy(),
-            log_q.cpu().numpy(),
-            dim=self.density.dim,
-            log_normalizer=self.density.log_normalizer,
-            z=seen.cpu().numpy(),
-            moved=moved,
-            starts_evidence=starts_evidence,
-            overshoot=far,
-            name=names,
-        )
-
-    @property
-    def _starts_evidence(self) -> tuple[float, float] | None:
-        """What the fit found from all starts of its whitening."""
-        found = self.config.get("starts_log_evidence")
-        return None if found is None else (float(found[0]), float(found[1]))
-
-    def _search(self, z: Tensor, log_w: Tensor) -> tuple[float, float] | None:
-        """The log evidence with that of modes beside q's draws, for a fit without starts; None where there are none."""
-        density = self.density.full
-        if density.path == "eager" or density.dim > _MAX_HMC_DIM:
-            return None
-        from flowvi.fit.search import NUM_SCOUTS, elsewhere
-
-        generator = _generator(self.seed or 0, "search", density.device)
-        with one_thread_if_small(NUM_SCOUTS * density.dim):
-            further = elsewhere(z, float(log_w.mean()), density, generator)
-        log_evidence = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w))
-        return None if math.isinf(further) else (float(np.logaddexp(log_evidence, further)), 0.0)
-
-    def _short_run(self, generator: torch.Generator) -> ShortRun | None:
-        """The short HMC; None where it has nothing finite to start from, or D or the model is too dear."""
-        density = self.density.full
-        if density.path == "eager" or density.dim > _MAX_HMC_DIM:  # some hundred thousand runs of model and flow
-            return None
-        layers = self.flow.spec.num_flows if self.flow.spec is not None else 1
-        try:
-            with one_thread_if_small(128 * density.dim * max(1, layers)):
-                return symmetric_kl(self.flow, density, generator=generator)
-        except NonFiniteError:
-            return None
 
     def refine(
         self,

@@ -67,7 +67,7 @@ def test_a_constant_column_has_no_sd_to_enlarge():
 
 
 def test_a_scale_whose_sd_hangs_on_few_draws_is_not_trusted():
-    """q is exact on the logarithm, but for one draw in 14,000; beyond it lies half of q's variance of the scale."""
+    """Q is exact on the logarithm, but for one draw in 14,000; beyond it lies half of q's variance of the scale."""
 
     def model():
         scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), dtype=torch.float64), 2.0))

@@ -30,8 +30,8 @@ import torch
 from torch.distributions.transforms import Transform as TorchTransform
 
 from flowvi.errors import FlowVIError, MemoryWarning, TooLargeError
+from flowvi.examine import MAX_HMC_DIM
 from flowvi.flow import FlowSpec
-from flowvi.posterior import _MAX_HMC_DIM
 from flowvi.transforms.affine import default_rank
 from flowvi.transforms.base import Transform
 from flowvi.transforms.registry import build
@@ -88,7 +88,7 @@ def forecast(
     if verify:
         rows = max(64, min(10_000, 2**21 // dim))
         phases["verify"] = b * (20_000 * dim + rows * (6 * width + 4 * num_data))
-        phases["verify"] += 400_000 * dim if dim <= _MAX_HMC_DIM else 0
+        phases["verify"] += 400_000 * dim if dim <= MAX_HMC_DIM else 0
     return {name: int(HEADROOM * (kept + size)) for name, size in phases.items()}
 
 
