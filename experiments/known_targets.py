@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pyro
 import pyro.distributions as dist
 import torch
+from scipy.special import betainc
 from torch import Tensor
 
 __all__ = ["DIMS", "LOG_2PI", "Canonical", "KnownTarget", "Random", "moved"]
 
 DIMS = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 LOG_2PI = math.log(2 * math.pi)
+
+PLACES, FEW = 2**20, 10
+"""A mode is a needle where fewer of so many random directions from another mode's centre lead to it."""
 
 T = TypeVar("T")
 
@@ -47,6 +51,7 @@ class KnownTarget:
         std: of the judged quantities (M,), float64.
         source: "formula" or "quadrature".
         judged: z (n, D) -> the judged quantities (n, M).
+        needle: whether a mode of it is where next to no direction leads, by `directions_to`.
         model: a Pyro model of this density whose only site, x, is the judged quantities; None where z itself is judged,
             or something that a user would work out of it.
     """
@@ -59,6 +64,7 @@ class KnownTarget:
     std: Tensor
     source: str = "formula"
     judged: Callable[[Tensor], Tensor] = coordinates
+    needle: bool = False
     model: Callable[[], None] | None = None
 
     @property
@@ -297,7 +303,31 @@ def two_modes(random: Random, dim: int) -> KnownTarget:
     locs = torch.stack([torch.zeros(dim).double(), apart * direction / direction.norm()])
     scales = torch.tensor([1.0, width], dtype=torch.float64)
     words = f"two modes {apart:g} apart, weights {first:g}, {1 - first:.2g}, widths 1, {width:g}"
-    return anywhere("two modes", mixture(words, weights, locs, scales), random)
+    target = anywhere("two modes", mixture(words, weights, locs, scales), random)
+    odds = (1 - first) / first if width < 1 else first / (1 - first)  # of the narrower against the wider
+    met = directions_to(dim, apart / max(1.0, width), odds, 1 / width if width < 1 else width)
+    return replace(target, needle=PLACES * met < FEW)
+
+
+def directions_to(dim: int, apart: float, odds: float, ratio: float) -> float:
+    r"""The share of the directions from a Gaussian's centre in which log p ever tells of a second, narrower one.
+
+    With x in sds of the wider one, a = ratio^2 and c the narrower one's centre, its density is the larger of the two
+    where H = D log ratio + log odds > a |x - c|^2 / 2 - |x|^2 / 2. At an angle t from c the right-hand side is least at
+    |x| = a |c| cos t / (a - 1), and then the inequality says cos^2 t > (a - 1) / a (1 - 2 H / (a |c|^2)). The share is
+    that of a spherical cap.
+
+    Args:
+        dim: D.
+        apart: |c|.
+        odds: of the narrower one's weight against the wider one's.
+        ratio: the wider one's sd over the narrower one's, at least 1.
+    """
+    a, height = ratio**2, dim * math.log(ratio) + math.log(odds)
+    least = (a - 1) / a * (1 - 2 * height / (a * apart**2))
+    if least <= 0:
+        return 0.5
+    return 0.5 * float(betainc((dim - 1) / 2, 0.5, 1 - least)) if least < 1 else 0.0
 
 
 def eight_modes(random: Random, dim: int) -> KnownTarget:

@@ -26,7 +26,7 @@ import torch
 
 import flowvi
 from experiments.known_models import FAMILIES, make
-from experiments.known_targets import KnownTarget, Random
+from experiments.known_targets import FEW, PLACES, KnownTarget, Random
 from experiments.parallel import Case, Row, run_cases
 from experiments.report import Report, require_matplotlib
 from flowvi._version import __version__
@@ -133,6 +133,7 @@ def fit_one(config: Config, index: int) -> dict[str, Any]:
         "name": target.name,
         "dim": target.dim,
         "moments": target.source,
+        "needle": target.needle,
         "options": ", ".join(f"{key}={value!r}" for key, value in options(index, config.seed).items()),
         "error_mean": math.inf,
         "error_sd": math.inf,
@@ -240,7 +241,7 @@ def lacks_a_mode(row: Mapping[str, Any]) -> bool:
 
 
 def groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """All rows, the two halves, what was spoiled and what wasn't, and the families."""
+    """All rows, the two halves, what was spoiled and what wasn't, what can hardly be seen, and the families."""
     return {
         "all": list(rows),
         "odd numbers": [row for row in rows if row["index"] % 2],
@@ -248,6 +249,7 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
         "nothing set": [row for row in rows if not row["options"]],
         "spoiled": [row for row in rows if row["options"]],
         "lacking a far mode": [row for row in rows if lacks_a_mode(row)],
+        "with a needle": [row for row in rows if row.get("needle")],
         **{family: [row for row in rows if row["family"] == family] for family in FAMILIES},
     }
 
@@ -302,13 +304,16 @@ def _notes(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Moments: {sum(row['moments'] == 'formula' for row in rows)} by formula, "
         f"{sum(row['moments'] == 'quadrature' for row in rows)} by quadrature over one variable.",
         f"{spoiled} of {len(rows)} fits are spoiled on purpose; the others have nothing set.",
+        f"A needle: a narrow mode that fewer than {FEW} of {PLACES:,} random directions from the wider one's centre "
+        "lead to (`experiments.known_targets.directions_to`): nobody who asks for log p at so few places knows of it.",
     ]
     failed = [row for row in rows if row["error"]]
     if failed:
         notes.append(f"{len(failed)} fits raised an error and count as wrong, not trusted.")
     notes += [
         f"Trusted though wrong: number {row['index']}, {row['name']}, D = {row['dim']}"
-        f"{', ' + row['options'] if row['options'] else ''}: off by {row['error_mean']:.2f} / {row['error_sd']:.2f}."
+        f"{', ' + row['options'] if row['options'] else ''}{', a needle' if row.get('needle') else ''}: "
+        f"off by {row['error_mean']:.2f} / {row['error_sd']:.2f}."
         for row in rows
         if row["trusted"] and row["truth"] == "wrong"
     ]

@@ -52,6 +52,32 @@ def check_moments(target, mass, mean, std):
     torch.testing.assert_close(std / target.std, torch.ones(2).double(), atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("dim", "apart", "odds", "ratio"), [(4, 5.0, 1.0, 2.0), (6, 4.0, 0.25, 2.0), (5, 8.0, 3.0, 1.5)]
+)
+def test_the_share_of_directions_that_lead_to_a_narrow_mode(dim, apart, odds, ratio):
+    random, num = Random(0), 200_000
+    direction = torch.nn.functional.normalize(random.normal(num, dim), dim=1)
+    higher = torch.zeros(num, dtype=torch.bool)
+    for radius in torch.linspace(0.2, 4 * apart, 400).tolist():
+        x = radius * direction
+        away = x - apart * torch.eye(dim).double()[0]
+        narrow = math.log(odds) + dim * math.log(ratio) - 0.5 * (ratio * away).square().sum(1)
+        higher |= narrow > -0.5 * x.square().sum(1)
+    hits = int(higher.sum())
+    assert hits > 300
+    assert known_targets.directions_to(dim, apart, odds, ratio) == pytest.approx(hits / num, abs=4 * hits**0.5 / num)
+
+
+def test_which_modes_are_needles():
+    names = {verdict.make(i, 19).name: verdict.make(i, 19) for i in range(5, 220, 11)}
+    assert {t.family for t in names.values()} == {"two modes"}
+    needles = {name for name, target in names.items() if target.needle}
+    assert any("10 apart" in name and "widths 1, 0.5" in name for name in needles)
+    assert not any("widths 1, 1" in name for name in needles)
+    assert not any(target.dim < 10 for name, target in names.items() if name in needles)
+
+
 PLANE = ["funnel", "banana", "skewed", "heavy", "two modes", "eight modes", "positive", "horseshoe", "regression"]
 
 

@@ -83,7 +83,7 @@ def test_chains_at_a_temperature_walk_into_a_mode_that_no_slope_leads_to(apart, 
     assert not any(search([known], density, torch.Generator().manual_seed(seed)) for seed in range(3))
 
 
-@pytest.mark.parametrize(("dim", "apart"), [(8, 6.0), (12, 10.0), (14, 16.0)])
+@pytest.mark.parametrize(("dim", "apart"), [(8, 6.0), (14, 16.0), (20, 6.0)])
 def test_a_scan_of_values_finds_the_basin_of_a_narrow_mode(dim, apart, monkeypatch):
     centres = torch.zeros(2, dim)
     centres[1, 0] = apart
@@ -117,12 +117,12 @@ def test_a_scan_asks_no_more_than_it_is_worth():
         asked.append(len(z))
         return -0.5 * z.square().sum(1)
 
-    bounds = ((2, 0, 0, 0), (5, 0, 2**15, 2**16), (10, 10_000, 8000, 10_000), (17, 0, 2**14, 2**15))
+    bounds = ((2, 0, 0, 0), (5, 0, 2**15, 2**16), (10, 10_000, 8000, 10_000), (21, 0, 2**14, 2**15))
     for dim, num_data, least, most in bounds:
         density = flowvi.as_density(log_prob, dim=dim)
         asked.clear()
         found = stand_out(Start(torch.zeros(dim), torch.ones(dim), 0.0), density, torch.Generator(), num_data)
-        assert len(found) == (0 if dim == 2 else 32 if dim < 17 else 16)
+        assert len(found) == (0 if dim == 2 else 32 if dim < 21 else 16)
         assert least <= sum(asked) <= most
 
 

@@ -4,8 +4,8 @@ A second mode of half the width is above what the known one leaves in a ball: if
 with its centre 4 d / 3 away. Few directions meet that ball, but values alone are cheap, and in it log p is far above
 that of other places equally far out.
 
-- Outside: a share of about 2^-D of the directions meets it. Up to 16 dimensions a few of 2^(D + 6) places do, beyond
-  them no number that can be paid for.
+- Outside: a share of about 2^-D of the directions meets it, and more where d is small beside sqrt(D). Up to 16
+  dimensions a few of 2^(D + 6) places do, up to 20 of 2^20 if d is 6; beyond them no number that can be paid for.
 - Inside the known mode's bulk, a few sds from its centre, where in many dimensions no draw comes: about one place in a
   thousand, however high D is.
 """
@@ -26,7 +26,7 @@ __all__ = ["NUM_SCOUTS", "stand_out"]
 NUM_SCOUTS = 16
 """From the outside, and as many from the inside."""
 
-LEAST_DIM, MOST_DIM = 3, 16
+LEAST_DIM, MOST_DIM = 3, 20
 """Below, scouts that set out at random find everything; above, nothing outside is found."""
 
 NEAREST, MIDDLE, FARTHEST = 1.0, 1.2, 8.0
@@ -54,7 +54,7 @@ def stand_out(known: Start, density: LogDensity, generator: torch.Generator, num
         num_data: data points behind log p: with many of them it looks at fewer places.
 
     Returns:
-        (32, D), (16, D) above 16 dimensions, and (0, D) where D is so small that it doesn't help.
+        (32, D), (16, D) above 20 dimensions, and (0, D) where D is so small that it doesn't help.
     """
     dim = len(known.loc)
     found = [known.loc.new_empty(0, dim)]
