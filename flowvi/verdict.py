@@ -111,7 +111,9 @@ def decide(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bool
     if bad:
         return False, "Do not trust this yet. " + " ".join(bad), undecided
     weights = f"the importance weights are well behaved (k-hat {d.khat:.2f}, limit {khat_limit(d.num_samples):.2f})"
-    if not tail_ok:
+    if flat and not d.khat < khat_limit(d.num_samples):
+        weights = "the importance weights are well behaved (none is above three times their mean)"
+    elif not tail_ok:
         weights = (
             f"means and sds stay where they are under a short HMC (the tails are in doubt: k-hat {d.khat:.2f}, so "
             "take extreme quantiles from resample() or refine())"

@@ -223,6 +223,12 @@ def test_nan_is_never_trusted(field):
     }
     good |= {"khat": 0.1, "ess": 900.0, "ess_fraction": 0.9, "nonfinite_fraction": 0.0, "num_samples": 1000}
     assert decide(Diagnostics(**good, trusted=False, verdict=""), 5, flat=False, settled=False)[0]
+    heavy = Diagnostics(**(good | {"khat": 0.99}), trusted=False, verdict="")
+    assert not decide(heavy, 5, flat=False, settled=False)[0]
+    trusted, words, _ = decide(heavy, 5, flat=True, settled=False)  # a tail of weights that are all alike
+    assert trusted
+    assert "none is above three times their mean" in words
+    assert "k-hat" not in words
     assert not decide(
         Diagnostics(**(good | {field: math.nan}), trusted=False, verdict=""), 5, flat=False, settled=False
     )[0]

@@ -359,3 +359,19 @@ def test_a_fork_after_a_fit():
             same = False
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_callable_that_fails_at_some_points_is_fitted():
+    """Torch's distributions refuse a scale that is not positive, here from z[0] = -4 on."""
+
+    def log_prob(z):
+        nothing = 0 * dist.Normal(0.0, 4 + z[:, 0]).log_prob(torch.zeros(()))
+        return dist.Normal(0.0, 1.0).log_prob(z).sum(1) + nothing
+
+    with pytest.raises(ValueError, match="scale"):
+        log_prob(torch.tensor([[-4.1, 0.0]]))
+    posterior = flowvi.fit(log_prob, dim=2, **SMALL)  # its starts, its search and its HMC come there
+    z = posterior.sample(20_000, seed=0)["z"]
+    assert z.mean(0) == pytest.approx([0.0, 0.0], abs=0.05)
+    assert z.std(0) == pytest.approx([1.0, 1.0], rel=0.05)
+    assert posterior.diagnose().trusted

@@ -296,3 +296,55 @@ def test_reference_draws_are_draws_from_the_density(name, model, references):
         torch.testing.assert_close(back[site], x, rtol=1e-6, atol=1e-6)
     error = score.std(0) / math.sqrt(len(score) / 2)  # a chain's draws: allow for some autocorrelation
     assert (score.mean(0).abs() < 4.5 * error).all()
+
+
+# Functions that fail at some rows, after they worked at the first points.
+
+
+def scaled(z):
+    """Its second coordinate is the log of a scale, which torch refuses where it underflows."""
+    return dist.Normal(0.0, z[:, 1].exp()).log_prob(z[:, 0]) - 0.5 * z[:, 1].square()
+
+
+def of_matrix(z):
+    """[[1, a], [a, 1]] has no Cholesky factor from |a| = 1 on, nor has a batch that holds one such."""
+    a = z[:, 0] / 3
+    one = torch.ones_like(a)
+    matrix = torch.stack([torch.stack([one, a], -1), torch.stack([a, one], -1)], -1)
+    return torch.linalg.cholesky(matrix).diagonal(dim1=-2, dim2=-1).log().sum(-1) - z.square().sum(-1)
+
+
+@pytest.mark.parametrize(("function", "bad"), [(scaled, (0.0, -1e6)), (of_matrix, (4.0, 0.0))])
+@pytest.mark.parametrize("where", [[0], [63], [5, 6, 40], list(range(50))])
+def test_rows_that_a_function_refuses_are_nan_and_the_others_as_ever(function, bad, where):
+    density = as_density(function, dim=2, dtype=F64)
+    z = torch.rand(64, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
+    value, grad = density.value_and_grad(z)
+    spoiled = z.clone()
+    spoiled[where] = torch.tensor(bad, dtype=F64)
+    with pytest.raises((ValueError, RuntimeError)):
+        function(spoiled)
+    found, found_grad = density.value_and_grad(spoiled)
+    fine = torch.tensor([i not in where for i in range(64)])
+    assert found[~fine].isnan().all()
+    torch.testing.assert_close(found[fine], value[fine])
+    torch.testing.assert_close(found_grad[fine], grad[fine])
+    torch.testing.assert_close(density(spoiled)[fine], value[fine])
+
+
+def test_a_function_that_refuses_every_row_is_an_error():
+    density = as_density(scaled, dim=2, dtype=F64)
+    with pytest.raises(errors.TargetError, match=r"failed with ValueError: .*scale"):
+        density.value_and_grad(torch.full((8, 2), -1e6, dtype=F64))
+
+
+def test_so_many_calls_are_enough_to_find_refused_rows(monkeypatch):
+    density = as_density(scaled, dim=2, dtype=F64)
+    calls, real = [], density._function
+    monkeypatch.setattr(density, "_function", lambda z: calls.append(len(z)) or real(z))
+    z = torch.rand(4096, 2, dtype=F64)
+    z[::2, 1] = -1e6
+    value = density(z)
+    assert len(calls) < 1100
+    assert value[::2].isnan().all()
+    assert 0 < value[1::2].isfinite().sum() < 2048  # those that were not looked at count as refused

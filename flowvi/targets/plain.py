@@ -20,6 +20,12 @@ from flowvi.targets.trace import trace
 
 __all__ = ["PlainDensity"]
 
+LEAST_CALLS = 512
+"""Of a function that fails, to find the rows that it fails at; a quarter of the rows, where they are more."""
+
+_REFUSALS = (ArithmeticError, RuntimeError, ValueError)
+"""What a function raises for values that it can't take."""
+
 
 class PlainDensity(LogDensity):
     """A batched function z (S, D) -> log p (S,).
@@ -33,7 +39,8 @@ class PlainDensity(LogDensity):
         log_normalizer: log of its integral, where known.
         value_and_grad: z -> log p (S,) and its gradient (S, D) without autograd, where there is a faster way.
 
-    Whatever the function raises, then or in a later call, comes out as a `TargetError` with the original as its cause.
+    Whatever the function raises comes out as a `TargetError` with the original as its cause. Where a later call fails
+    for some rows of z alone, as torch's distributions do at a scale that underflows, their log p is NaN.
 
     Raises:
         OptionError: If D is not a positive integer.
@@ -64,7 +71,9 @@ class PlainDensity(LogDensity):
         self.sites = (Site("z", shape, shape, 1, constraints.real_vector, ()),)
         self._function, self._own_value_and_grad = function, value_and_grad
         self._compiled: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
+        self._works = False  # at the first points
         self._probe()
+        self._works = True
 
     @classmethod
     def of_energy(cls, energy: Energy, *, dtype: torch.dtype, device: torch.device) -> PlainDensity:
@@ -81,7 +90,35 @@ class PlainDensity(LogDensity):
         )
 
     def _log_prob(self, z: Tensor) -> Tensor:
-        return self._checked_value(self._call(self._function, z), z)
+        try:
+            return self._checked_value(self._call(self._function, z), z)
+        except TargetError as error:
+            if not (self._works and isinstance(error.__cause__, _REFUSALS)):
+                raise
+            return self._of_rows_that_work(z, error)
+
+    def _of_rows_that_work(self, z: Tensor, error: TargetError) -> Tensor:
+        """Log p (S,), NaN at the rows that the function refuses: halves of halves, as long as calls are left."""
+        calls, works = max(LEAST_CALLS, len(z) // 4), False
+
+        def of(part: Tensor) -> Tensor:
+            nonlocal calls, works
+            if len(part) == 1 or not calls:
+                return part.sum(-1) * math.nan
+            values = []
+            for half in part.split(-(-len(part) // 2)):
+                calls = max(0, calls - 1)
+                try:
+                    values.append(self._checked_value(self._call(self._function, half), half))
+                    works = True
+                except TargetError:
+                    values.append(of(half))
+            return torch.cat(values)
+
+        value = of(z)
+        if not works:
+            raise error
+        return value
 
     def _value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         compiled = self._compiled.get(len(z))
@@ -174,11 +211,10 @@ class PlainDensity(LogDensity):
         except FlowVIError:
             raise
         except Exception as error:
-            kind = DimensionError if _is_about_shapes(error) else TargetError
-            text = str(error).strip() or "no message"
-            raise kind(
-                f"{self._called_with(z)} failed with {type(error).__name__}: {text}. Is dim={self.dim} right?"
-            ) from error
+            text = f"{self._called_with(z)} failed with {type(error).__name__}: {str(error).strip() or 'no message'}."
+            if not self._works and _is_about_shapes(error):
+                raise DimensionError(f"{text} Is dim={self.dim} right?") from error
+            raise TargetError(text) from error
 
     def _checked_value(self, value: Any, z: Tensor) -> Tensor:
         """The value, if it is one real number for each row of z."""
