@@ -38,6 +38,7 @@ from flowvi.errors import DimensionError, DiscreteLatentError, FlowVIError, Opti
 from flowvi.flow import Flow
 from flowvi.guides import AutoFlow, _discrete, forget_store
 from flowvi.local_plate import LocalSite, PlateCall, choose_plate, find_call, local_sites, same_supports
+from flowvi.random_state import kept
 from flowvi.transforms.conditional_affine import _LIMIT
 from flowvi.transforms.registry import lookup
 
@@ -120,7 +121,7 @@ class AmortizedGuide(AutoGuide):
         if not (isinstance(init_scale, (int, float)) and math.exp(-_LIMIT) < init_scale < math.exp(_LIMIT)):
             raise OptionError(f"init_scale must be a number between e^-7 and e^7, not {init_scale!r}.")
         lookup(flow)
-        with torch.random.fork_rng(devices=[]):  # a throwaway finds a wrong option now, and not at the first call
+        with kept():  # a throwaway finds a wrong option now, and not at the first call
             _layers(flow, 2, 1, min(num_flows, 1), tuple(hidden), dict(options))
         super().__init__(model)
         self.encoder = encoder
@@ -133,7 +134,7 @@ class AmortizedGuide(AutoGuide):
 
     def _trace_model(self, args: Any, kwargs: Any, skip: int = 0) -> Any:
         """A trace of the model; `skip` gives another draw. The random state is left alone."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), kept():
             torch.rand(skip)
             model = poutine.block(InitMessenger(self.init_loc_fn)(self.model), self._prototype_hide_fn)
             try:

@@ -30,6 +30,7 @@ from flowvi.checks import (
 )
 from flowvi.describe import layer_lines, num_parameters
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
+from flowvi.random_state import kept
 from flowvi.transforms.affine import AFFINE_KINDS, Affine
 from flowvi.transforms.base import InvertibleMap
 from flowvi.transforms.funnel import funnel_stack
@@ -238,8 +239,7 @@ class Flow(TransformedDistribution):
                 device=inner.loc.device,
             )
             return inner.loc + inner.scale * eps
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+        with kept(int(torch.randint(2**62, (), generator=generator, device=generator.device))):
             return base.rsample(shape)
 
     def _base_rows(self, num_samples: int, generator: torch.Generator | None, rows: slice) -> Tensor:

@@ -26,6 +26,7 @@ from flowvi.describe import head, layer_lines, site_lines, unset
 from flowvi.errors import DiscreteLatentError, NoLatentError, OptionError, SubsampledLatentError, TargetError
 from flowvi.flow import FULL_BASE_LIMIT, Flow, FlowSpec
 from flowvi.mixture import MixtureFlow
+from flowvi.random_state import kept
 from flowvi.targets.density import LogDensity
 from flowvi.transforms.affine import AFFINE_KINDS
 
@@ -92,7 +93,7 @@ class AutoFlow(AutoContinuous):
         if not isinstance(flow, str) and not callable(flow):
             raise OptionError(f"flow must be a name or a factory(input_dim, **options), not {shown(flow)}.")
         # A throwaway of two dimensions finds a wrong name or option now, and not at the first call.
-        with torch.random.fork_rng(devices=[]):
+        with kept():
             Flow.from_spec(_spec(flow, 2, num_flows, base or "diag", options), factory=_factory(flow))
         super().__init__(model, init_loc_fn=init_loc_fn)
         self.flow_name, self.num_flows, self.base, self.options = flow, num_flows, base, options
@@ -201,8 +202,7 @@ class AutoFlow(AutoContinuous):
 
     def _varying_supports(self, args: Any, kwargs: Any) -> bool:
         """Whether some site's support changes with the other latents' values."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
-            torch.manual_seed(0)
+        with kept(0), torch.no_grad(), poutine.block():
             probe = self._init_loc() + 0.1 * torch.randn(self.latent_dim).to(self._init_loc())
             fixed = {s["name"]: biject_to(s["fn"].support)(u) for s, u in self._unpack_latent(probe)}
             varied = self._constrain_by_model(probe, args, kwargs)
@@ -286,7 +286,7 @@ class AutoFlow(AutoContinuous):
         num = QUANTILE_DRAWS if not self._varying else QUANTILE_DRAWS // 10
         z, _ = self.get_posterior().rsample_and_log_prob(num, generator=generator)
         if self._varying:
-            with torch.random.fork_rng(devices=[]):  # the model may draw something on the way
+            with kept():  # the model may draw something on the way
                 each = [self._constrain_by_model(row, args, kwargs) for row in z]
             draws = {name: torch.stack([e[name][0] for e in each]) for name in each[0]}
         else:

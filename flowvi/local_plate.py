@@ -20,6 +20,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
 from flowvi.errors import NoLatentError, OptionError, TargetError
+from flowvi.random_state import kept
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def find_call(model: Callable[..., Any], name: str, args: Sequence[Any], kwargs:
         TargetError: the call doesn't open it.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block(), _StopAt(name):
+        with kept(), torch.no_grad(), poutine.block(), _StopAt(name):
             model(*args, **kwargs)
     except _Reached as reached:
         return reached.call

@@ -15,6 +15,7 @@ from flowvi.checks import is_count, shown
 from flowvi.energies import Grid
 from flowvi.errors import DimensionError, OptionError
 from flowvi.flow import Flow
+from flowvi.random_state import kept
 from flowvi.targets import LogDensity, as_density
 from flowvi.transforms import Affine, PlanarStack, RadialStack
 
@@ -122,7 +123,7 @@ def target_function(target: Any, box: Box) -> Function:
 
 def wide_box(flow: Flow, target: Any = None) -> Box:
     """A box that holds nearly all of q, and of the target where it knows its own."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), kept():
         z = flow.sample(torch.Size([4000])).double()
     low, middle, high = z.quantile(torch.tensor([0.02, 0.5, 0.98]).to(z), dim=0)
     half = 3 * torch.maximum(high - middle, middle - low)

@@ -17,6 +17,7 @@ from flowvi.files import DTYPES, POSTERIOR, plain, read, unplain, write
 from flowvi.flow import Flow, FlowSpec
 from flowvi.mixture import flow_from_spec
 from flowvi.posterior import History, Posterior
+from flowvi.random_state import kept
 from flowvi.targets import LogDensity, as_density
 
 __all__ = ["load", "save"]
@@ -130,7 +131,7 @@ def rebuild(
 ) -> Any:
     """A flow, conditional where there is a context, from its description and its parameters."""
     flow: Flow | ConditionalFlow
-    with torch.random.fork_rng(devices=[]):  # its start is random, and overwritten
+    with kept():  # its start is random, and overwritten
         if context_dim:
             flow = ConditionalFlow(spec, context_dim, dtype=dtype, device=device)
         else:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyro
@@ -15,6 +16,7 @@ import torch
 
 import flowvi
 from flowvi.mixture import MixtureFlow
+from flowvi.random_state import kept
 
 Y = torch.tensor([2.8, 0.8, -0.3, 0.7, 1.1, 0.2, 1.9, 1.4])
 
@@ -134,3 +136,27 @@ def test_another_process_with_another_order_of_hashes():
         told.add(run.stdout)
     assert len(told) == 1
     assert all(len(text.splitlines()) == 2 for text in told)
+
+
+def test_threads_that_draw_from_the_global_generator_draw_their_own_seeds_numbers():
+    def draws(seed, found):
+        for _ in range(200):
+            with kept(seed):
+                found.append([torch.randn(3) for _ in range(5)])
+            with kept():
+                torch.randn(2)
+
+    before = torch.get_rng_state()
+    alone = {seed: [] for seed in range(4)}
+    for seed, found in alone.items():
+        draws(seed, found)
+    together = {seed: [] for seed in range(4)}
+    threads = [threading.Thread(target=draws, args=pair) for pair in together.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, found in together.items():
+        assert len(found) == 200
+        assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(found, alone[seed], strict=True))
+    assert torch.equal(torch.get_rng_state(), before)

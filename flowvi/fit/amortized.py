@@ -33,6 +33,7 @@ from flowvi.fit.engine import STOP_EVERY, Schedule
 from flowvi.fit.rmsprop import FlatRMSprop
 from flowvi.objectives import ELBO, LinearAnneal, PathELBO
 from flowvi.progress import Bar, wanted
+from flowvi.random_state import kept
 from flowvi.transforms.registry import lookup
 
 __all__ = ["fit_amortized"]
@@ -376,8 +377,7 @@ def _maximize(
 def _score(step: AmortizedStep, held: Batches, walk: Settings, seed: int) -> float:
     """The mean ELBO of held-out rows, from the same random numbers at every check; -inf where it is not finite."""
     total, size = 0.0, 5 * walk.batch_size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with kept(seed):
         for first in range(0, len(held), size):
             rows = slice(first, min(first + size, len(held)))
             total += float(step(held.get(rows)).elbo) * (rows.stop - rows.start)

@@ -28,6 +28,7 @@ from flowvi.fit.batches import Batches, Call
 from flowvi.flow import Flow
 from flowvi.local_plate import PlateOf, find_call
 from flowvi.objectives import ELBO
+from flowvi.random_state import kept
 
 __all__ = ["AmortizedStep", "Loss", "learnt_parameters"]
 
@@ -82,7 +83,7 @@ class AmortizedStep:
                     "the support of a global latent depends on another one, which fit(encoder=) doesn't take: write it "
                     "on a fixed support and scale it in the model, or use flowvi.AmortizedGuide in pyro.infer.SVI."
                 )
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), kept():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         frames: list[Any] = []
         beside: dict[str, str] = {}  # plate -> one of its sites
@@ -162,7 +163,7 @@ class AmortizedStep:
 def learnt_parameters(model: Callable[..., Any], guide: AmortizedGuide, first: Call) -> list[Tensor]:
     """What is learnt: the guide's parameters with the encoder's, and the model's (`pyro.param`, modules), each once."""
     args, kwargs = first
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), kept():
         trace = poutine.trace(model, param_only=True).get_trace(*args, **kwargs)
     found = [*guide.parameters()]
     owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)

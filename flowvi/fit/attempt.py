@@ -22,6 +22,7 @@ from flowvi.fit.whiten import Gaussian, Start, whiten
 from flowvi.flow import Flow, FlowSpec
 from flowvi.mixture import MixtureFlow
 from flowvi.objectives import ELBO, BalancedELBO, CoveringELBO, LinearAnneal
+from flowvi.random_state import kept
 from flowvi.targets import LogDensity
 from flowvi.targets.compiling import CompileReport
 from flowvi.transforms.affine import default_rank
@@ -94,8 +95,7 @@ class Family:
             num_flows: K, where it is not the asked one.
         """
         spec = self.spec if num_flows is None else replace(self.spec, num_flows=num_flows)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with kept(seed):
             flow = Flow.from_spec(spec, dtype=density.dtype, device=density.device, factory=self.factory)
         if gaussian is not None:
             flow.transforms[-1].set_(gaussian.loc, gaussian.scale_tril, getattr(gaussian, "factor", None))

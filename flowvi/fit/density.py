@@ -33,6 +33,7 @@ from flowvi.fit.rows import Rows, Scaling, as_rows, split
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
 from flowvi.progress import Bar, wanted
+from flowvi.random_state import kept
 from flowvi.threads import one_thread_if_small
 from flowvi.transforms.affine import AFFINE_KINDS
 from flowvi.transforms.networks import ZeroStart
@@ -213,8 +214,7 @@ def fit_density(
 
 def _start(spec: FlowSpec, context_dim: int, factory: Any, like: Tensor, seed: int) -> Flow | ConditionalFlow:
     """The flow near the identity, its random parts drawn from the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with kept(seed):
         q: Flow | ConditionalFlow
         if context_dim:
             q = ConditionalFlow(spec, context_dim, dtype=like.dtype, device=like.device, factory=factory)

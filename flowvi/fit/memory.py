@@ -32,6 +32,7 @@ from torch.distributions.transforms import Transform as TorchTransform
 from flowvi.errors import FlowVIError, MemoryWarning, TooLargeError
 from flowvi.examine import MAX_HMC_DIM
 from flowvi.flow import FlowSpec
+from flowvi.random_state import kept
 from flowvi.transforms.affine import default_rank
 from flowvi.transforms.base import Transform
 from flowvi.transforms.registry import build
@@ -140,7 +141,7 @@ def _count(spec: FlowSpec) -> tuple[int, int, bool]:
     dims = (spec.dim,) if spec.dim <= LARGEST_BUILT else (LARGEST_BUILT // 2, 3 * LARGEST_BUILT // 4, LARGEST_BUILT)
     taped, counts = True, []
     try:
-        with torch.random.fork_rng(devices=[]):
+        with kept():
             for dim in dims:
                 one, two = (build(spec.name, dim, num, **spec.options) for num in (1, 2))
                 each = [_numbers(layers) for layers in (one, two)]

@@ -25,6 +25,7 @@ from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.engine import Record, Schedule, optimize, saved_schedule, seconds_per_step
 from flowvi.flow import Flow
 from flowvi.objectives import ELBO
+from flowvi.random_state import kept
 from flowvi.targets import LogDensity
 from flowvi.transforms import PlanarStack
 
@@ -184,8 +185,7 @@ def grow(flow: Flow, num_flows: int, seed: int) -> Flow:
     """
     spec = flow.spec
     assert spec is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with kept(seed):
         larger = Flow.from_spec(replace(spec, num_flows=num_flows), dtype=flow.dtype, device=flow.device)
     with torch.no_grad():
         stack, *_, affine = larger.transforms

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from threading import RLock
 from typing import Any
 
 import torch
@@ -14,14 +13,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from flowvi.errors import FlowVIError, TargetError
+from flowvi.random_state import ONE_AT_A_TIME
 from flowvi.targets.enumeration import EnumeratedRun, Enumeration
 from flowvi.targets.isolation import HeldParameters, all_data, dtype_and_device, no_validation, private_rng
 from flowvi.targets.run import Run
 from flowvi.targets.sites import Reader
 
 __all__ = ["Runner"]
-
-_ONE_AT_A_TIME = RLock()  # Pyro's handlers, the default dtype and the random state belong to the whole process
 
 
 class Runner:
@@ -66,7 +64,7 @@ class Runner:
             validation: leaves the argument checks as the user has them; else they are off, so that one bad
                 particle doesn't raise.
         """
-        with _ONE_AT_A_TIME, ExitStack() as stack:
+        with ONE_AT_A_TIME, ExitStack() as stack:
             if not validation:
                 stack.enter_context(no_validation())
             stack.enter_context(private_rng(self.device, seed))

@@ -1,0 +1,27 @@
+"""torch's global random generator, left as it was found, and held by one thread at a time.
+
+What draws without a generator of its own (the start of a network, somebody else's model) draws from it. Two threads
+that set its seed at once would draw each other's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+
+import torch
+
+__all__ = ["ONE_AT_A_TIME", "kept"]
+
+ONE_AT_A_TIME = RLock()
+"""The random state, Pyro's handlers and the default dtype belong to the whole process."""
+
+
+@contextmanager
+def kept(seed: int | None = None) -> Iterator[None]:
+    """What is drawn inside is not seen outside; with a seed it is that seed's, whatever other threads draw."""
+    with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
