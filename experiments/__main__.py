@@ -187,7 +187,9 @@ def run_large(  # noqa: D103 (its help is above)
 def run_verdict(  # noqa: D103 (its help is above)
     quick: Quick = False,
     seed: Seed = 0,
-    num_targets: Annotated[int | None, typer.Option(min=1, help="How many.", show_default="220")] = None,
+    num_targets: Annotated[
+        int | None, typer.Option(min=1, help="How many, beside 20 needles.", show_default="220")
+    ] = None,
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds of each fit with nothing set.", show_default="flowvi's")
     ] = None,

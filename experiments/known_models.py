@@ -12,22 +12,28 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from experiments.known_targets import DIMS, LOG_2PI, SHAPES, KnownTarget, Random, normal_log_prob
+from experiments.known_targets import DIMS, LOG_2PI, SHAPES, KnownTarget, Random, needle, normal_log_prob
 
-__all__ = ["FAMILIES", "make"]
+__all__ = ["FAMILIES", "NEEDLES", "make"]
 
 GRID = torch.linspace(-40.0, 12.0, 40_001, dtype=torch.float64)
 """Log scales. Priors flat at zero leave exp(u) towards the left: 1e-17 at the end."""
+
+
+NEEDLES = 100_000
+"""The number of the first target with a mode that next to no direction leads to."""
 
 
 def make(index: int, seed: int = 0) -> KnownTarget:
     """The target of a number: families in turn, so that each has odd and even numbers; the rest is random.
 
     Args:
-        index: 0, 1, ...
+        index: 0, 1, ...; from `NEEDLES` on needles.
         seed: of a whole list of targets.
     """
     random = Random(1_000_003 * seed + index)
+    if index >= NEEDLES:
+        return needle(random)
     names = list(FAMILIES)
     return FAMILIES[names[index % len(names)]](random, random.choice(DIMS))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyro
@@ -22,7 +22,7 @@ import torch
 from scipy.special import betainc
 from torch import Tensor
 
-__all__ = ["DIMS", "LOG_2PI", "Canonical", "KnownTarget", "Random", "moved"]
+__all__ = ["DIMS", "LOG_2PI", "Canonical", "KnownTarget", "Random", "moved", "needle"]
 
 DIMS = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 LOG_2PI = math.log(2 * math.pi)
@@ -51,7 +51,6 @@ class KnownTarget:
         std: of the judged quantities (M,), float64.
         source: "formula" or "quadrature".
         judged: z (n, D) -> the judged quantities (n, M).
-        needle: whether a mode of it is where next to no direction leads, by `directions_to`.
         model: a Pyro model of this density whose only site, x, is the judged quantities; None where z itself is judged,
             or something that a user would work out of it.
     """
@@ -64,7 +63,6 @@ class KnownTarget:
     std: Tensor
     source: str = "formula"
     judged: Callable[[Tensor], Tensor] = coordinates
-    needle: bool = False
     model: Callable[[], None] | None = None
 
     @property
@@ -295,18 +293,37 @@ def mixture(words: str, weights: Tensor, locs: Tensor, scales: Tensor) -> Canoni
 
 
 def two_modes(random: Random, dim: int) -> KnownTarget:
-    """Two Gaussians, near or far, of equal or unequal weight and width."""
-    first = random.choice((0.5, 0.5, 0.7, 0.8, 0.9, 0.97))
-    apart, width = random.choice((2.0, 3.0, 4.0, 6.0, 10.0, 16.0)), random.choice((1.0, 1.0, 0.5, 2.0))
+    """Two Gaussians, near or far, of equal or unequal weight and width, neither of which is a needle to the other."""
+    while True:
+        first = random.choice((0.5, 0.5, 0.7, 0.8, 0.9, 0.97))
+        apart, width = random.choice((2.0, 3.0, 4.0, 6.0, 10.0, 16.0)), random.choice((1.0, 1.0, 0.5, 2.0))
+        if not is_needle(dim, first, apart, width):
+            return _two_modes("two modes", random, dim, first, apart, width)
+
+
+def needle(random: Random) -> KnownTarget:
+    """Two Gaussians, the second narrower and where fewer than 10 of 2^20 random directions from the first one lead."""
+    while True:
+        dim, first = random.choice((20, 30, 50)), random.choice((0.5, 0.5, 0.7, 0.8, 0.9, 0.97))
+        apart = random.choice((4.0, 6.0, 10.0, 16.0))
+        if is_needle(dim, first, apart, 0.5):
+            return _two_modes("needle", random, dim, first, apart, 0.5)
+
+
+def _two_modes(family: str, random: Random, dim: int, first: float, apart: float, width: float) -> KnownTarget:
+    """N(0, I) with the first weight, and a Gaussian of the other width so far away in a random direction; moved."""
     weights = torch.tensor([first, 1 - first], dtype=torch.float64)
     direction = random.normal(dim)
     locs = torch.stack([torch.zeros(dim).double(), apart * direction / direction.norm()])
     scales = torch.tensor([1.0, width], dtype=torch.float64)
     words = f"two modes {apart:g} apart, weights {first:g}, {1 - first:.2g}, widths 1, {width:g}"
-    target = anywhere("two modes", mixture(words, weights, locs, scales), random)
+    return anywhere(family, mixture(words, weights, locs, scales), random)
+
+
+def is_needle(dim: int, first: float, apart: float, width: float) -> bool:
+    """Whether fewer than 10 of 2^20 random directions from the wider of two modes lead to the other."""
     odds = (1 - first) / first if width < 1 else first / (1 - first)  # of the narrower against the wider
-    met = directions_to(dim, apart / max(1.0, width), odds, 1 / width if width < 1 else width)
-    return replace(target, needle=PLACES * met < FEW)
+    return PLACES * directions_to(dim, apart / max(1.0, width), odds, 1 / width if width < 1 else width) < FEW
 
 
 def directions_to(dim: int, apart: float, odds: float, ratio: float) -> float:

@@ -69,13 +69,16 @@ def test_the_share_of_directions_that_lead_to_a_narrow_mode(dim, apart, odds, ra
     assert known_targets.directions_to(dim, apart, odds, ratio) == pytest.approx(hits / num, abs=4 * hits**0.5 / num)
 
 
-def test_which_modes_are_needles():
-    names = {verdict.make(i, 19).name: verdict.make(i, 19) for i in range(5, 220, 11)}
-    assert {t.family for t in names.values()} == {"two modes"}
-    needles = {name for name, target in names.items() if target.needle}
-    assert any("10 apart" in name and "widths 1, 0.5" in name for name in needles)
-    assert not any("widths 1, 1" in name for name in needles)
-    assert not any(target.dim < 10 for name, target in names.items() if name in needles)
+def test_needles_are_apart():
+    found = [known_models.make(known_models.NEEDLES + i, 3) for i in range(20)]
+    assert {target.family for target in found} == {"needle"}
+    assert all("widths 1, 0.5" in target.name and target.dim >= 20 for target in found)
+    others = [known_models.make(i, seed) for seed in range(10) for i in range(5, 220, 11)]
+    assert {target.family for target in others} == {"two modes"}
+    assert any("widths 1, 0.5" in target.name and target.dim > 10 for target in others)
+    assert known_targets.is_needle(30, 0.5, 10.0, 0.5)
+    assert not known_targets.is_needle(20, 0.5, 6.0, 0.5)  # what a scan of a million places finds
+    assert not known_targets.is_needle(50, 0.5, 16.0, 1.0)
 
 
 PLANE = ["funnel", "banana", "skewed", "heavy", "two modes", "eight modes", "positive", "horseshoe", "regression"]
@@ -247,8 +250,10 @@ def test_verdict_runs_and_goes_on(tmp_path, monkeypatch):
     assert again.rows == first.rows
     again.write(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [r["index"] for r in results["rows"]] == [0]
-    assert "| all | 1 |" in (tmp_path / "table.md").read_text()
+    assert [r["index"] for r in results["rows"]] == [0, known_models.NEEDLES]
+    table = (tmp_path / "table.md").read_text()
+    assert "| all | 1 |" in table
+    assert "| needle, not among all | 1 |" in table
     gaussian = results["rows"][0]
     assert gaussian["family"] == "gaussian"
     assert gaussian["truth"] in ("right", "grey", "wrong")
