@@ -176,8 +176,8 @@ def judge(
       draws. These two have no veto where the short HMC has settled and finds nothing to move, and the weights, noise
       included, ask for no change beyond .1: then means and sds are trusted, and the tails called in doubt.
 
-    Over 220 targets with known moments (`python -m experiments verdict`) it trusted 141 of 150 right answers and none of
-    52 wrong ones; but it trusts nearly every answer that lacks a needle, a narrow mode in many dimensions.
+    Over 220 targets with known moments (`python -m experiments verdict`) it trusted 141 of 150 right answers and none
+    of 52 wrong ones; but it trusts nearly every answer that lacks a needle, a narrow mode in many dimensions.
 
     Args:
         log_p: Unnormalized log density of the target at the draws (S,).

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from flowvi.short_run import ShortRun, symmetric_kl
 from flowvi.threads import one_thread_if_small
 
 if TYPE_CHECKING:
+    from flowvi.fit.whiten import Start
     from flowvi.posterior import Posterior
+    from flowvi.targets import LogDensity
 
 __all__ = ["MAX_HMC_DIM", "examine"]
 
@@ -29,6 +31,7 @@ MAX_HMC_DIM = 2000
 
 _DRAWS, _MOST_DRAWS = 10_000, 160_000  # and as many while it is undecided
 _MOST_ELEMENTS = 2**23  # of z, of either
+_AT_A_MODE, _HALF = 256, 0.5  # draws of a mode's Gaussian, and how much of it q must have
 _FAR = 16  # times as many are drawn to see whether there are some far out
 
 
@@ -85,15 +88,30 @@ def _starts_evidence(posterior: Posterior) -> tuple[float, float] | None:
 
 
 def _search(posterior: Posterior, z: Tensor, log_w: Tensor) -> tuple[float, float] | None:
-    """The log evidence with that of modes beside q's draws, for a fit without starts; None where there are none."""
+    """The log evidence with that of modes that q lacks, for a fit without starts; None where there are none."""
     from flowvi.fit.search import NUM_SCOUTS, elsewhere
 
     density = posterior.density.full
     generator = posterior._generator(posterior.seed or 0, "search")
     with one_thread_if_small(NUM_SCOUTS * density.dim):
-        further = elsewhere(z, float(log_w.mean()), density, generator)
+        found = elsewhere(z, float(log_w.mean()), density, generator)
     log_evidence = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w))
-    return None if math.isinf(further) else (float(np.logaddexp(log_evidence, further)), 0.0)
+    lacking = [mode.elbo for mode in found if not _holds(posterior.flow, mode, log_evidence, density, generator)]
+    return (float(np.logaddexp.reduce([log_evidence, *lacking])), 0.0) if lacking else None
+
+
+@torch.no_grad()
+def _holds(flow: Any, mode: Start, log_evidence: float, density: LogDensity, generator: torch.Generator) -> bool:
+    """Whether q has at least half of what is at a mode: min(1, Z q / p) on the average over its Gaussian."""
+    root = mode.scale_tril
+    x = torch.randn(_AT_A_MODE, len(mode.loc), generator=generator, dtype=mode.loc.dtype, device=mode.loc.device)
+    x = mode.loc + (x @ root.mT if root.dim() == 2 else x * root)
+    try:
+        log_q = flow.log_prob(x.to(flow.dtype)).double()
+    except NotImplementedError:  # somebody else's flow, that has no inverse
+        return False
+    share = (log_evidence + log_q - density(x.to(density.dtype)).double()).clamp(max=0.0).exp()
+    return float(share.nan_to_num(0.0).mean()) > _HALF
 
 
 def _short_run(posterior: Posterior, generator: torch.Generator) -> ShortRun | None:

@@ -200,3 +200,12 @@ def test_a_fit_without_whitening_is_searched_when_it_is_diagnosed():
     assert not lacking.trusted
     assert abs(lacking.missed - math.log(1 / 0.2)) < 0.2  # it holds the lesser mode, near 0, alone
     assert flowvi.fit(flowvi.energies.U2(), **options).diagnose().missed is None
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_modes_that_q_has_are_not_missing(seed):
+    """The two of U1 are narrow ones inside the Gaussian of all draws."""
+    posterior = flowvi.fit(flowvi.energies.U1(), num_flows=32, num_steps=1500, seed=seed, verify=False, progress=False)
+    found = posterior.diagnose()
+    assert found.missed is None
+    assert found.trusted, found.verdict

@@ -78,17 +78,20 @@ def search(known: Sequence[Start], target: Target, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def elsewhere(z: Tensor, elbo: float, target: Target, generator: torch.Generator) -> float:
-    """Log evidence of modes beside draws of q, by the ELBOs of Gaussians there, and so a lower bound; often -inf.
+def elsewhere(z: Tensor, elbo: float, target: Target, generator: torch.Generator) -> tuple[Start, ...]:
+    """Modes beside draws of q, by one Gaussian of them, for a fit that was not whitened.
 
-    For a fit that was not whitened: the Gaussian with the draws' mean and covariance (their sds above D = 200) stands
-    for what is known.
+    The Gaussian with the draws' mean and covariance (their sds above D = 200) stands for what is known: where q has
+    several modes, they may be among those that are found.
 
     Args:
         z: draws of q, (S, D).
         elbo: of q.
         target: log p and its gradient.
         generator: where the randomness comes from.
+
+    Returns:
+        As `search`; none where the draws have no spread.
     """
     usable = z[z.isfinite().all(-1)]
     dim, centre = z.shape[1], usable.mean(0)
@@ -99,9 +102,8 @@ def elsewhere(z: Tensor, elbo: float, target: Target, generator: torch.Generator
     else:
         root = usable.std(0)
     if not bool((root.diagonal() if root.dim() == 2 else root).gt(0).all()):
-        return -math.inf
-    found = search([Start(centre, root, elbo)], target, generator)
-    return float(torch.logsumexp(torch.tensor([start.elbo for start in found]), 0)) if found else -math.inf
+        return ()
+    return search([Start(centre, root, elbo)], target, generator)
 
 
 def _search(
