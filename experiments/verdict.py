@@ -321,8 +321,7 @@ def _notes(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         notes.append(f"{len(failed)} fits raised an error and count as wrong, not trusted.")
     notes += [
         f"Trusted though wrong: number {row['index']}, {row['name']}, D = {row['dim']}"
-        f"{', ' + row['options'] if row['options'] else ''}: "
-        f"off by {row['error_mean']:.2f} / {row['error_sd']:.2f}."
+        f"{', ' + row['options'] if row['options'] else ''}: off by {row['error_mean']:.2f} / {row['error_sd']:.2f}."
         for row in rows
         if row["trusted"] and row["truth"] == "wrong"
     ]
@@ -353,7 +352,7 @@ def _notes(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Each fit's worst error against its k-hat and its gap, and J where there is one; filled where trusted.
 
-    A point beyond the edge is drawn on it.
+    Needles, which the table has apart, are grey. A point beyond the edge is drawn on it.
     """
     from matplotlib.figure import Figure
 
@@ -363,12 +362,17 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(4.2 * len(names), 4), layout="constrained")
     grid = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, (name, label) in zip(grid, names, strict=True):
-        for trusted, words, colour in ((False, "not trusted", "tab:orange"), (True, "trusted", "tab:blue")):
-            mine = [row for row in rows if bool(row["trusted"]) == trusted and row.get(name) is not None]
+        needles = [row for row in rows if row["family"] == "needle"]
+        kinds = {
+            ("not trusted", "tab:orange", "none"): [r for r in groups(rows)["all"] if not r["trusted"]],
+            ("trusted", "tab:blue", "tab:blue"): [r for r in groups(rows)["all"] if r["trusted"]],
+            ("needles", "0.7", "0.7"): needles,
+        }
+        for (words, colour, face), members in kinds.items():
+            mine = [row for row in members if row.get(name) is not None]
             x = np.array([max(row["error_mean"], row["error_sd"]) for row in mine])
             y = np.array([row[name] for row in mine], dtype=float)
             fine = np.isfinite(x) & np.isfinite(y)
-            face = colour if trusted else "none"
             axes.scatter(
                 x[fine].clip(1e-3, 3),
                 y[fine].clip(*((-1, 3) if name == "khat" else (1e-4, 1e3))),

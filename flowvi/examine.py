@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from flowvi.columns import columns
 from flowvi.diagnostics import Diagnostics, judge
-from flowvi.errors import NonFiniteError
+from flowvi.errors import NonFiniteError, OptionError
 from flowvi.far_draws import overshoot
 from flowvi.short_run import ShortRun, symmetric_kl
 from flowvi.threads import one_thread_if_small
+from flowvi.verdict import SHIFT_LIMIT
 
 if TYPE_CHECKING:
     from flowvi.fit.whiten import Start
@@ -29,7 +31,7 @@ __all__ = ["MAX_HMC_DIM", "examine"]
 MAX_HMC_DIM = 2000
 """D above which there is no short HMC and no search."""
 
-_DRAWS, _MOST_DRAWS = 10_000, 160_000  # and as many while it is undecided
+_DRAWS, _MOST_DRAWS = 10_000, 160_000  # at first, and at most where that leaves it undecided
 _MOST_ELEMENTS = 2**23  # of z, of either
 _AT_A_MODE, _HALF = 256, 0.5  # draws of a mode's Gaussian, and how much of it q must have
 _FAR = 16  # times as many are drawn to see whether there are some far out
@@ -53,8 +55,10 @@ def examine(posterior: Posterior, num_samples: int | None, generator: torch.Gene
         found = _judge(posterior, z, log_p, log_q, moved, starts)
     num = min(_FAR * len(z), most)
     if found.trusted and num > len(z) and not dear:
-        far = overshoot(z, found.log_evidence, posterior._draw(num, generator), density)
-        found = _judge(posterior, z, log_p, log_q, moved, starts, far)
+        far, site = overshoot(z, found.log_evidence, posterior._draw(num, generator), density)
+        if far < SHIFT_LIMIT:
+            return replace(found, overshoot=far, overshoot_site=site)
+        found = _judge(posterior, z, log_p, log_q, moved, starts, (far, site))
     return found
 
 
@@ -103,14 +107,13 @@ def _search(posterior: Posterior, z: Tensor, log_w: Tensor) -> tuple[float, floa
 @torch.no_grad()
 def _holds(flow: Any, mode: Start, log_evidence: float, density: LogDensity, generator: torch.Generator) -> bool:
     """Whether q has at least half of what is at a mode: min(1, Z q / p) on the average over its Gaussian."""
-    root = mode.scale_tril
     x = torch.randn(_AT_A_MODE, len(mode.loc), generator=generator, dtype=mode.loc.dtype, device=mode.loc.device)
-    x = mode.loc + (x @ root.mT if root.dim() == 2 else x * root)
+    z = mode.place(x)
     try:
-        log_q = flow.log_prob(x.to(flow.dtype)).double()
-    except NotImplementedError:  # somebody else's flow, that has no inverse
+        log_q = flow.log_prob(z.to(flow.dtype)).double()
+    except (KeyError, NotImplementedError, OptionError):  # somebody else's flow, that has no inverse
         return False
-    share = (log_evidence + log_q - density(x.to(density.dtype)).double()).clamp(max=0.0).exp()
+    share = (log_evidence + log_q - density(z.to(density.dtype)).double()).clamp(max=0.0).exp()
     return float(share.nan_to_num(0.0).mean()) > _HALF
 
 

@@ -35,7 +35,7 @@ def overshoot(
         z: Draws of q that were diagnosed (S, D).
         log_evidence: log Z.
         further: Further draws z (s, D) with their log q (s,), a chunk at a time.
-        density: The target.
+        density: The target, of all data.
 
     Returns:
         The largest relative excess of an sd, at least 0, and the column's name.
@@ -56,7 +56,7 @@ def overshoot(
         num += len(more)
         if not row.any():
             continue
-        log_w = density.full(more[row]).double() - log_q[row].double() - log_evidence
+        log_w = density(more[row]).double() - log_q[row].double() - log_evidence
         weight = log_w.nan_to_num(nan=0.0, posinf=0.0, neginf=-torch.inf).exp()
         excess += (torch.where(far[row], square[row], 0.0) * (1 - weight[:, None])).sum(0)
     sds = (1 + (excess / max(num, 1)).clamp_min(0)).sqrt() - 1

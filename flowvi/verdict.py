@@ -15,7 +15,7 @@ from flowvi.psis import MIN_DRAWS, khat_limit
 if TYPE_CHECKING:
     from flowvi.diagnostics import Diagnostics
 
-__all__ = ["ESS_LIMIT", "NONFINITE_LIMIT", "decide", "gap_limit", "j_limit", "percent"]
+__all__ = ["ESS_LIMIT", "NONFINITE_LIMIT", "SHIFT_LIMIT", "decide", "gap_limit", "j_limit", "percent"]
 
 ESS_LIMIT = 0.2  # of the draws, as PSIS weights see them
 NONFINITE_LIMIT = 0.01  # of the draws

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -200,6 +201,17 @@ def test_a_fit_without_whitening_is_searched_when_it_is_diagnosed():
     assert not lacking.trusted
     assert abs(lacking.missed - math.log(1 / 0.2)) < 0.2  # it holds the lesser mode, near 0, alone
     assert flowvi.fit(flowvi.energies.U2(), **options).diagnose().missed is None
+
+
+@pytest.mark.filterwarnings("ignore::flowvi.errors.FlowVIWarning")
+@pytest.mark.parametrize("factory", [dist.transforms.planar, dist.transforms.affine_autoregressive])
+def test_a_flow_without_an_inverse_is_searched_as_well(factory):
+    def two(z):
+        near, far = (-0.5 * (z - at).square().sum(-1) + math.log(w) for at, w in ((8.0, 0.8), (-3.3, 0.2)))
+        return torch.logaddexp(near, far)
+
+    options = {"whiten": False, "num_flows": 1, "num_steps": 200, "seed": 0, "verify": False, "progress": False}
+    assert not flowvi.fit(two, dim=2, flow=factory, **options).diagnose().trusted
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -73,16 +73,15 @@ def _between(
     inner: float, outer: float, num: int, shell: int, known: Start, density: LogDensity, generator: torch.Generator
 ) -> Tensor:
     """What stands out (16, D) among about so many places at distances between these, in sds."""
-    loc, root = known.loc, known.scale_tril
-    dim, device = len(loc), loc.device
+    dim, device = len(known.loc), known.loc.device
     shells = max(1, num // shell)
     edges = torch.linspace(math.log(inner), math.log(outer), shells + 1).exp().tolist()
     best: list[tuple[Tensor, Tensor]] = []
     for low, high in itertools.pairwise(edges):
         x = torch.randn(min(num, shell), dim, generator=generator, dtype=torch.float64, device=device)
         share = torch.rand(len(x), 1, generator=generator, dtype=torch.float64, device=device)
-        x = ((low + (high - low) * share) * torch.nn.functional.normalize(x, dim=1)).to(loc)
-        log_p = density(_placed(x, loc, root)).double()
+        x = ((low + (high - low) * share) * torch.nn.functional.normalize(x, dim=1)).to(known.loc)
+        log_p = density(known.place(x)).double()
         log_p = torch.where(log_p.isfinite(), log_p, -math.inf)
         middle = log_p.median()
         spread = (log_p - middle).abs().median()
@@ -97,8 +96,4 @@ def _between(
         if len(chosen) < NUM_SCOUTS and (not chosen or bool((direction[chosen] @ direction[i]).max() < SAME_WAY)):
             chosen.append(i)
     again = torch.arange(NUM_SCOUTS, device=device) % len(chosen)
-    return _placed(x[order[torch.tensor(chosen, device=device)[again]]], loc, root)
-
-
-def _placed(x: Tensor, loc: Tensor, root: Tensor) -> Tensor:
-    return loc + (x @ root.mT if root.dim() == 2 else x * root)
+    return known.place(x[order[torch.tensor(chosen, device=device)[again]]])

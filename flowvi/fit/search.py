@@ -171,8 +171,7 @@ def _round(
     root = best.scale_tril
     guesses = _guesses(modes)[:NUM_GUESSES]
     far = _far(NUM_SCOUTS - len(guesses), len(best.loc), generator, radii).to(root)
-    far = best.loc + (far @ root.mT if root.dim() == 2 else far * root)
-    z = torch.cat([far, *(g.unsqueeze(0) for g in guesses), warm])
+    z = torch.cat([best.place(far), *(g.unsqueeze(0) for g in guesses), warm])
     z, log_p = _climb(z, best.loc, root, target, bar)
     top = z[log_p.argmax()], float(log_p.max())
     at_modes, _ = target.value_and_grad(torch.stack([m.loc for m in modes]))

@@ -53,6 +53,11 @@ class Start:
     scale_tril: Tensor
     elbo: float
 
+    def place(self, x: Tensor) -> Tensor:
+        """Z = mu + L x, (S, D), of x in sds."""
+        root = self.scale_tril
+        return self.loc + (x @ root.mT if root.dim() == 2 else x * root)
+
 
 @dataclass(frozen=True)
 class Gaussian(Start):
