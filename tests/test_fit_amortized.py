@@ -110,7 +110,15 @@ class Thrown(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize(("optimizer", "lr", "validation"), [("adam", 1e-2, 0.2), ("rmsprop", 1e-3, 0)])
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "validation"),
+    [
+        ("adam", 1e-2, 0.2),
+        ("rmsprop", 1e-3, 0),
+        pytest.param("adam", 1e-2, 0, marks=pytest.mark.slow),
+        pytest.param("rmsprop", 1e-3, 0.2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_collapse_is_undone_and_told(optimizer, lr, validation):
     x = data()
     options = {"num_steps": 400, "num_flows": 2, "lr": lr, "seed": 1, "progress": False, "validation": validation}
