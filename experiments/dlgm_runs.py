@@ -39,6 +39,7 @@ class Training:
         anneal: whether by the paper's eq. 20, beta_t = min(1, .01 + t / 10000).
         path: the path gradient, or the standard one.
         neck: hidden units between the encoder's features and the layers' parameters; 0 is linear.
+        shared_directions: whether planar layers have directions that all images share.
     """
 
     updates: int
@@ -48,10 +49,11 @@ class Training:
     anneal: bool
     path: bool
     neck: int
+    shared_directions: bool
 
 
-PAPER = Training(500_000, 1e-5, "rmsprop", "constant", True, False, 0)
-TUNED = Training(32_000, 2e-3, "adam", "cosine", False, True, 64)
+PAPER = Training(500_000, 1e-5, "rmsprop", "constant", True, False, 0, False)
+TUNED = Training(32_000, 2e-3, "adam", "cosine", False, True, 64, True)
 CONFIGS = {"paper": PAPER, "tuned": TUNED}
 
 
@@ -122,9 +124,10 @@ def run_case(case: Case, images: Images, out: Path, *, resume: bool, progress: b
     training = case.training
     anneal = flowvi.LinearAnneal() if training.anneal else None
     objective = (flowvi.PathELBO if training.path else flowvi.ELBO)(1, anneal=anneal)
-    options: dict[str, Any] = (
-        {"hidden_dims": (training.neck,) if training.neck else ()} if case.flow == "planar" else {}
-    )
+    options: dict[str, Any] = {}
+    if case.flow == "planar" and case.K:
+        options["hidden_dims"] = (training.neck,) if training.neck else ()
+        options["shared_directions"] = training.shared_directions
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.seed)
         dlgm = DLGM(case.data_dim, case.latent_dim, case.hidden, case.window, case.likelihood)

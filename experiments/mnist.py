@@ -195,7 +195,8 @@ def _notes(like: Case) -> list[str]:
         f"{like.data}. Never compare absolute values across binarizations.",
         f"{like.latent_dim} latents, {like.hidden} maxout units with window {like.window} in the generative network "
         f"and in the encoder; the layers' parameters are "
-        + (f"given by {training.neck} hidden units." if training.neck else "linear in the encoder's units."),
+        + (f"given by {training.neck} hidden units" if training.neck else "linear in the encoder's units")
+        + (", but for their directions, which all images share." if training.shared_directions else "."),
         f"{training.updates:,} updates with batches of 100, {training.optimizer} {training.lr:g} "
         f"({training.lr_schedule}), {how}, {'annealed by eq. 20' if training.anneal else 'not annealed'}; the same for "
         f"every K. The parameters with the best ELBO on held-out images are kept.",

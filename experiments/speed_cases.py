@@ -85,7 +85,8 @@ class Config:
     schools: tuple[int, int, float] | None = (256, 16, 15)
     """S and K of the step on eight schools, and the aim."""
     amortized: tuple[int, int, float] | None = (100, 80, 1 / 1.3)
-    """Batch size and K of the step with layers of each datum's own, and the aim against K = 0."""
+    """Batch size and K of the step with layers of each datum's own, and the aim against K = 0: directions shared by all
+    data, as the experiment `mnist` has them, and each datum's own."""
     sweep_k: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     sweep_d: tuple[int, ...] = (2, 4, 8, 30, 100, 300, 1000)
     sweep_s: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
@@ -154,12 +155,14 @@ def flowvi_step(spec: flowvi.FlowSpec, target: Any, num_particles: int, seed: in
     return run
 
 
-def amortized_step(batch_size: int, num_flows: int, seed: int) -> Run:
+def amortized_step(batch_size: int, num_flows: int, shared_directions: bool, seed: int) -> Run:
     """One step of `flowvi.fit(encoder=...)` on the paper's model of images, with K layers of each datum's own."""
     torch.manual_seed(seed)
     dlgm = DLGM(784, 40, 400, 4, "bernoulli")
     data = Batches.of(((torch.rand(10 * batch_size, 784) < 0.13).float(),), {}, None)
-    options: dict[str, Any] = {"hidden_dims": (NECK,)} if num_flows else {}
+    options: dict[str, Any] = {}
+    if num_flows:
+        options = {"hidden_dims": (NECK,), "shared_directions": shared_directions}
     store = pyro.get_param_store()
     with store.scope() as learnt:  # what is learnt here stays here
         guide = flowvi.AmortizedGuide(dlgm.model, dlgm.encoder(), "planar", num_flows, **options)
@@ -173,9 +176,8 @@ def amortized_step(batch_size: int, num_flows: int, seed: int) -> Run:
     def run(n: int) -> None:
         with store.scope(learnt), pyro.validation_enabled(False):
             for _ in range(n):
-                flat.grad.zero_()
                 loss = step(data.minibatch(next(turns), batch_size, seed))
-                loss.surrogate.backward()
+                flat.backward(loss.surrogate)
                 adam.step(speed_peers.LR, loss.elbo.isfinite())
 
     return run
@@ -306,19 +308,25 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
         yield what("model", "eight schools", 10, size, k), config.rounds, {"pyro": aim}, lambda: _schools(config)
     if config.amortized is not None:
         size, k, aim = config.amortized
-        runs = {"flowvi": partial(amortized_step, size, k), AFFINE: partial(amortized_step, size, 0)}
-        yield (
-            what("step", "amortized planar, with its networks", 40, size, k),
-            config.rounds,
-            {AFFINE: aim},
-            lambda: {who: make(config.seed) for who, make in runs.items()},
-        )
+        for shared, words in ((True, "shared"), (False, "each datum's own")):
+            yield (
+                what("step", f"amortized planar, with its networks; directions: {words}", 40, size, k),
+                config.rounds,
+                {AFFINE: aim},
+                partial(_amortized, size, k, shared, config.seed),
+            )
     for k in config.sweep_k:
         yield what("sweep", "K", 2, 256, k), config.sweep_rounds, {}, planar(2, 256, k)
     for dim in config.sweep_d:
         yield what("sweep", "D", dim, 256, 32), config.sweep_rounds, {}, planar(dim, 256, 32)
     for size in config.sweep_s:
         yield what("sweep", "S", 2, size, 32), config.sweep_rounds, {}, planar(2, size, 32)
+
+
+def _amortized(batch_size: int, num_flows: int, shared_directions: bool, seed: int) -> dict[str, Run]:
+    return {
+        who: amortized_step(batch_size, k, shared_directions, seed) for who, k in (("flowvi", num_flows), (AFFINE, 0))
+    }
 
 
 def _schools(config: Config) -> dict[str, Run]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -22,7 +23,11 @@ from flowvi.errors import DimensionError, DiscreteLatentError, NoLatentError, Op
 from flowvi.transforms import conditional_planar_stack, conditional_radial_stack
 
 F64 = torch.float64
-STACKS = {"planar": conditional_planar_stack, "radial": conditional_radial_stack}
+STACKS = {
+    "planar": conditional_planar_stack,
+    "planar, shared directions": partial(conditional_planar_stack, shared_directions=True),
+    "radial": conditional_radial_stack,
+}
 W = torch.tensor([[1.0, 0.5], [-0.5, 1.0], [0.0, 0.0]], dtype=F64)  # orthogonal columns: the posterior is diagonal
 NOISE = 0.6
 X = torch.randn(12, 3, dtype=F64, generator=torch.Generator().manual_seed(1))

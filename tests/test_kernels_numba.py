@@ -162,6 +162,49 @@ def test_layers_of_each_datums_own(family, size, dtype):
     agree({"y": found["y"][2], "log_det": found["log_det"][2]}, {n: one[n] for n in ("y", "log_det")}, tolerance)
 
 
+def one_direction(front, size, layers, dim, dtype):
+    """A planar case whose directions w all data share, and the same with a copy of them for each datum."""
+    x, w, u, b = planar_case(dim, size, layers, dtype, front=front)
+    w = w[(0,) * len(front)]
+    return (x, w.reshape(*(1,) * len(front), layers, dim), u, b), (x, w.expand(*front, layers, dim), u, b)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("size", [1, 40])
+@pytest.mark.parametrize("front", [(6,), (2, 3)])
+def test_directions_that_all_data_share(backend, size, front):
+    shared, each = one_direction(front, size, 4, 3, F64)
+    with kernels.use(backend):
+        found, expected = results("planar", shared), results("planar", each)
+    for name in [name for name in expected if name.startswith("gradient 1")]:
+        expected[name] = expected[name].sum_to_size(shared[1].shape)
+    agree(found, expected, 1e-10)
+    assert [found[name].shape for name in found] == [expected[name].shape for name in expected]
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_shared_directions_by_autograd_and_vmap(backend):
+    (x, w, u, b), _ = one_direction((6,), 2, 3, 3, F64)
+    with kernels.use(backend):
+        y, log_det, t = OPS.planar_stack(x, w, u, b, "squareplus")
+        torch.library.opcheck(OPS.planar_stack_score.default, (x, -x, w, u, b, "squareplus"))
+        torch.library.opcheck(OPS.planar_stack_backward.default, (y, log_det, x, w, u, b, t, "squareplus"))
+        args = [a.requires_grad_() for a in (x, w[0].clone(), u, b)]
+        assert torch.autograd.gradcheck(lambda *a: kernels.planar_stack(*a, "squareplus")[:2], args)
+        assert torch.autograd.gradcheck(lambda *a: kernels.planar_stack_inverse(*a, "squareplus"), args)
+
+        def loss(x, w, u, b):
+            y, log_det, _ = kernels.planar_stack(x, w, u, b, "squareplus")
+            return y.square().sum() + log_det.sum()
+
+        grad = torch.func.grad(loss, argnums=(1, 2))
+        many = torch.stack([u, 2 * u, -u]).detach()
+        found = torch.func.vmap(grad, in_dims=(None, None, 0, None))(x, args[1], many, b)
+        for i, one in enumerate(many):
+            for a, wanted in zip(found, grad(x, args[1], one, b), strict=True):
+                torch.testing.assert_close(a[i], wanted)
+
+
 def test_radial_stacks_of_large_dimension_go_particle_by_particle():
     case = radial_case(300, 9, 4, F64)
     found = results("radial", case)
@@ -323,6 +366,7 @@ def test_threads_share_out_the_particles():
             planar_case(2, 20_000, 40, F64),
             planar_case(12, 9_000, 40, F64),
             planar_case(3, 2, 40, F64, front=(9_000,)),
+            one_direction((9_000,), 2, 40, 3, F64)[0],
         ],
         "radial": [radial_case(2, 20_000, 40, F64), radial_case(3, 2, 40, F64, front=(9_000,))],
     }

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import flowvi
 from flowvi import kernels
@@ -80,6 +81,27 @@ def test_what_cannot_be_bound_goes_by_autograd():
     flow = away_from_the_start("planar", "full", 2, torch.float32)
     assert one(flow, target, flowvi.PathELBO(8), tape=False)[0]
     assert not one(flow, target, Mine(8), tape=False)[0]
+
+
+def test_a_flat_gradient_is_that_of_autograd():
+    torch.manual_seed(0)
+    table = nn.Embedding(5, 3, sparse=True, dtype=torch.float64)
+    shared = nn.Linear(3, 3, dtype=torch.float64)
+    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    net = [*table.parameters(), *shared.parameters(), unused]
+
+    def loss():
+        return shared(shared(table(torch.tensor([1, 1, 4])))).square().sum()
+
+    expected = torch.autograd.grad(loss(), net[:-1])
+    flat = FlatParameters(net)
+    for _ in range(2):  # the second replaces the first
+        flat.backward(loss())
+    found = flat.grad.split([p.numel() for p in net])
+    for a, b in zip(found, [*expected, torch.zeros(2)], strict=True):
+        torch.testing.assert_close(a, b.to_dense().reshape(-1).double())
+    flat.release()
+    assert all(p.grad is None for p in net)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])

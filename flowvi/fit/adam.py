@@ -46,6 +46,20 @@ class FlatParameters:
         parts = vector.split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
+    def backward(self, loss: Tensor) -> None:
+        """Fill `grad` with the gradient of a loss.
+
+        Each parameter's gradient comes in memory of its own and is copied: to add it to what is there would be to
+        clear it, read it and write it again, several times the traffic where there are millions of parameters.
+        """
+        for p in self.parameters:
+            p.grad = None
+        loss.backward()
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self.parameters]
+        torch.cat([part.reshape(-1) for part in parts], out=self.grad)
+        for p in self.parameters:
+            p.grad = None
+
     def release(self) -> None:
         """Give every parameter its own storage again, with its present value."""
         with torch.no_grad():

@@ -322,11 +322,10 @@ def _maximize(
             for t in range(record.steps, schedule.num_steps if not over else 0):
                 beta = objective.beta(t) if isinstance(objective, ELBO) else 1.0
                 lr = (schedule.lr if walk.constant else schedule.lr_at(t)) * 0.5 ** len(record.collapses)
-                flat.grad.zero_()
                 if ranks.world > 1:
                     torch.manual_seed((seed + 1) * 1_000_003 + t * ranks.world + ranks.rank)
                 loss = step(train.minibatch(t, walk.batch_size, seed, ranks.share(walk.batch_size)), beta)
-                loss.surrogate.backward()
+                flat.backward(loss.surrogate)
                 ranks.mean_(flat.grad)
                 elbo = ranks.mean_(loss.elbo.clone())
                 finite = elbo.isfinite()

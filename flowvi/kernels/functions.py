@@ -196,12 +196,21 @@ def _same_front(points: tuple[Tensor, ...], matrices: tuple[Tensor, ...], scalar
     return each + [a.expand(*front, a.shape[-1]) for a in scalars]
 
 
+def _planar_front(points: tuple[Tensor, ...], w: Tensor, u: Tensor, b: Tensor) -> list[Tensor]:
+    """`_same_front`, but directions that all data share stay one: w (1, ..., 1, K, D)."""
+    if u.dim() == 2 or w.shape[:-2].numel() > 1:
+        return _same_front(points, (w, u), (b,))
+    *rest, b = _same_front(points, (u,), (b,))
+    return [*rest[:-1], w.reshape(*(1,) * (rest[-1].dim() - 2), *w.shape[-2:]), rest[-1], b]
+
+
 def planar_stack(x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor, Tensor]:
     """K planar layers: y (S, D), log|det| (S,) and t (K, S); see `planar.stack_forward`.
 
-    Dimensions in front of any argument broadcast: w, u (N, K, D) and b (N, K) are layers of each datum's own.
+    Dimensions in front of any argument broadcast: w, u (N, K, D) and b (N, K) are layers of each datum's own, and with
+    w (K, D) their directions are common to all data.
     """
-    return _PlanarStack.apply(*_same_front((x,), (w, u), (b,)), constraint)
+    return _PlanarStack.apply(*_planar_front((x,), w, u, b), constraint)
 
 
 def planar_stack_score(
@@ -211,12 +220,12 @@ def planar_stack_score(
 
     `score` is d log q(x)/dx, (S, D); see `planar.stack_score`.
     """
-    return _PlanarStackScore.apply(*_same_front((x, score), (w, u), (b,)), constraint)
+    return _PlanarStackScore.apply(*_planar_front((x, score), w, u, b), constraint)
 
 
 def planar_stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor]:
     """X (S, D) with `planar_stack` (x) = y, and log|det dx/dy| (S,); dimensions in front as there."""
-    return _PlanarStackInverse.apply(*_same_front((y,), (w, u), (b,)), constraint)[:2]
+    return _PlanarStackInverse.apply(*_planar_front((y,), w, u, b), constraint)[:2]
 
 
 def radial_stack(x: Tensor, z0: Tensor, raw_alpha: Tensor, raw_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

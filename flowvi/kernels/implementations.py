@@ -1,6 +1,6 @@
 """What the operators do: hand the work to compiled kernels where these serve, to plain torch elsewhere.
 
-Shapes as in `planar` and `radial`; the same dimensions may stand in front of every argument.
+Shapes as in `planar` and `radial`; the same dimensions may stand in front of every argument, and w's may all be 1.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ def _or_zeros(g_y: Tensor | None, x: Tensor) -> Tensor:
 # Planar.
 
 
+def _directions(w: Tensor, u: Tensor) -> Tensor:
+    """W with u's dimensions in front, unless all data share it."""
+    return w if w.shape[:-2].numel() == 1 else w.expand_as(u)
+
+
 def _planar_forward(
     x: Tensor, score: Tensor | None, w: Tensor, u: Tensor, b: Tensor, constraint: str
 ) -> tuple[Tensor, ...]:
@@ -50,7 +55,7 @@ def _planar_forward(
     y, log_det = x.new_empty(x.shape), x.new_empty(x.shape[:-1])
     t = x.new_empty(*b.shape, x.shape[-2])
     out = None if score is None else x.new_empty(x.shape)
-    ins = _arrays((x, score, w, u, b), batch)
+    ins = _arrays((x, score, _directions(w, u), u, b), batch)
     impl.forward(*ins[:2], 1.0, *ins[2:], constraint == "softplus", *_arrays((y, log_det, out, t), batch))
     return (y, log_det, t) if out is None else (y, log_det, t, out)
 
@@ -74,11 +79,11 @@ def planar_stack_backward(
     impl = dispatch.compiled("planar", g_y, g_log_det, x, w, u, b, t)
     if impl is None:
         return _plain(*planar.stack_backward(g_y, g_log_det, x, w, u, b, t, constraint))
-    batch = x.dim() - 2
-    grads = tuple(a.new_empty(a.shape) for a in (x, w, u, b))
-    *ins, t_ = _arrays((_or_zeros(g_y, x), g_log_det, x, w, u, b, t), batch)
+    batch, each = x.dim() - 2, _directions(w, u)
+    g_x, g_w, g_u, g_b = grads = tuple(a.new_empty(a.shape) for a in (x, each, u, b))
+    *ins, t_ = _arrays((_or_zeros(g_y, x), g_log_det, x, each, u, b, t), batch)
     impl.backward(*ins, constraint == "softplus", t_, *_arrays(grads, batch))
-    return grads
+    return g_x, g_w.sum_to_size(w.shape), g_u, g_b
 
 
 def planar_stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, ...]:
@@ -88,7 +93,8 @@ def planar_stack_inverse(y: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint:
         return _plain(*planar.stack_inverse(y, w, u, b, constraint))
     batch = y.dim() - 2
     x, log_det, t = y.new_empty(y.shape), y.new_empty(y.shape[:-1]), y.new_empty(*b.shape, y.shape[-2])
-    impl.inverse(*_arrays((y, w, u, b), batch), constraint == "softplus", *_arrays((x, log_det, t), batch))
+    ins, outs = _arrays((y, _directions(w, u), u, b), batch), _arrays((x, log_det, t), batch)
+    impl.inverse(*ins, constraint == "softplus", *outs)
     return x, log_det, t
 
 
@@ -107,7 +113,7 @@ def planar_stack_inverse_backward(
         g_y = planar.stack_score(g_x, w, u, t, constraint, weight=weight)
     else:
         batch, g_y = x.dim() - 2, g_x.new_empty(g_x.shape)
-        *ins, t_, out = _arrays((g_x, weight, w, u, b, t, g_y), batch)
+        *ins, t_, out = _arrays((g_x, weight, _directions(w, u), u, b, t, g_y), batch)
         impl.inverse_pullback(*ins, constraint == "softplus", t_, out)
     to_log_det = None if g_log_det is None else -g_log_det
     _, *grads = planar_stack_backward(-g_y, to_log_det, x, w, u, b, t, constraint)

@@ -113,7 +113,8 @@ def _add_product(row: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:
 def stack_forward(x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor, Tensor]:
     """K layers at once: y (S, D), log|det| (S,), and t (K, S), which the backward pass needs.
 
-    The same dimensions may stand in front of all of them: a stack of its own for every datum, say.
+    The same dimensions may stand in front of all of them: a stack of its own for every datum, say. Those of w may be
+    1, where all data share their directions.
 
     Args:
         x: points, (S, D).
@@ -172,7 +173,7 @@ def stack_backward(
         g_u_hat = g_u_hat + t @ g_y
         g_x = g_x + g_y
     g_w_constraint, g_u = constrain_backward(g_u_hat, g_one_plus_m, w, u, constraint)
-    return g_x, g_w + g_w_constraint, g_u, g_a.sum(-1)
+    return g_x, (g_w + g_w_constraint).sum_to_size(w.shape), g_u, g_a.sum(-1)
 
 
 def stack_score(

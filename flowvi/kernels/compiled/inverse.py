@@ -65,13 +65,14 @@ def _make_planar(dtype: type) -> Any:
         y: Any, w: Any, u: Any, b: Any, softplus: bool, x: Any, log_det: Any, t: Any,
         n_start: int, n_stop: int, start: int, stop: int,
     ) -> int:  # fmt: skip
-        _, layers, dim = w.shape
-        u_hat, q = np.empty_like(w[0]), np.empty_like(b[0])
+        _, layers, dim = u.shape
+        u_hat, q = np.empty_like(u[0]), np.empty_like(b[0])
         z: Any = np.zeros(dim * TILE, F)
         product: Any = np.zeros(TILE, F)
         work: Any = np.zeros(3 * TILE, F)
         for n in range(n_start, n_stop):
-            constrain(w[n], u[n], softplus, u_hat, q)
+            own = n if w.shape[0] > 1 else 0
+            constrain(w[own], u[n], softplus, u_hat, q)
             for first in range(start, stop, TILE):
                 size = min(TILE, stop - first)
                 for j in range(size):
@@ -84,7 +85,7 @@ def _make_planar(dtype: type) -> Any:
                     for j in range(size):
                         work[at(j)] = b[n, k]
                     for d in range(dim):
-                        into = w[n, k, d]
+                        into = w[own, k, d]
                         for j in range(size):
                             work[at(j)] += into * z[at(d * TILE + j)]
                     solve(work, size, q[k], TOLERANCE, F)

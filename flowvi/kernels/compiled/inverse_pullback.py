@@ -28,12 +28,13 @@ def _make_planar(dtype: type) -> Any:
         g: Any, weight: Any, w: Any, u: Any, b: Any, softplus: bool, t: Any, out: Any,
         n_start: int, n_stop: int, start: int, stop: int,
     ) -> int:  # fmt: skip
-        _, layers, dim = w.shape
-        u_hat, q = np.empty_like(w[0]), np.empty_like(b[0])
+        _, layers, dim = u.shape
+        u_hat, q = np.empty_like(u[0]), np.empty_like(b[0])
         s: Any = np.zeros(dim * TILE, F)
         c: Any = np.zeros(TILE, F)
         for n in range(n_start, n_stop):
-            constrain(w[n], u[n], softplus, u_hat, q)
+            own = n if w.shape[0] > 1 else 0
+            constrain(w[own], u[n], softplus, u_hat, q)
             for first in range(start, stop, TILE):
                 size = min(TILE, stop - first)
                 for d in range(dim):
@@ -53,7 +54,7 @@ def _make_planar(dtype: type) -> Any:
                         per_det = F(1) / (v * v + h * q[k])
                         c[at(j)] = h * (F(2) * v * m * weight[n, first + j] * per_det - c[at(j)]) * per_det
                     for d in range(dim):
-                        into = w[n, k, d]
+                        into = w[own, k, d]
                         for j in range(size):
                             s[at(d * TILE + j)] += into * c[at(j)]
                 for d in range(dim):

@@ -1,6 +1,7 @@
 """Planar stacks with layers of their own for every datum: particle by particle, the inner loops over D.
 
-Arrays as in `planar` with N in front: x (N, S, D), w and u (N, K, D), b (N, K), log_det (N, S), t (N, K, S).
+Arrays as in `planar` with N in front: x (N, S, D), w and u (N, K, D), b (N, K), log_det (N, S), t (N, K, S). A w of
+(1, K, D) is common to all data.
 No two particles share much, so nothing is gained by tiles; D is contiguous and vectorizes.
 """
 
@@ -27,11 +28,12 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
         x: Any, score: Any, sign: float, w: Any, u: Any, b: Any, softplus: bool,
         y: Any, log_det: Any, out_score: Any, t: Any, start: int, stop: int,
     ) -> int:  # fmt: skip
-        _, layers, dim = w.shape
-        u_hat, q = np.empty_like(w[0]), np.empty_like(b[0])
+        _, layers, dim = u.shape
+        u_hat, q = np.empty_like(u[0]), np.empty_like(b[0])
         z, pull = np.empty(dim, F), np.empty(dim, F)
         for n in range(start, stop):
-            constrain(w[n], u[n], softplus, u_hat, q)
+            own = n if w.shape[0] > 1 else 0
+            constrain(w[own], u[n], softplus, u_hat, q)
             for i in range(x.shape[1]):
                 for d in range(dim):
                     z[d] = x[n, i, d]
@@ -46,7 +48,7 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
                         product = F(1)
                     a, along = F(0), F(0)
                     for d in range(dim):
-                        a += w[n, k, d] * z[d]
+                        a += w[own, k, d] * z[d]
                         if with_score:
                             along += u_hat[k, d] * pull[d]
                     v = tanh(a + b[n, k])
@@ -61,7 +63,7 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
                     for d in range(dim):
                         z[d] += u_hat[k, d] * v
                         if with_score:
-                            pull[d] += w[n, k, d] * c
+                            pull[d] += w[own, k, d] * c
                 log_det[n, i] = total + np.log(product)
                 for d in range(dim):
                     y[n, i, d] = z[d]
@@ -81,13 +83,17 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
         g_y: Any, g_log_det: Any, x: Any, w: Any, u: Any, b: Any, softplus: bool, t: Any,
         g_x: Any, g_w: Any, g_u: Any, g_b: Any, start: int, stop: int,
     ) -> int:  # fmt: skip
-        _, layers, dim = w.shape
-        u_hat, q = np.empty_like(w[0]), np.empty_like(b[0])
-        g_u_hat, g_q, g_a = np.empty_like(w[0]), np.empty_like(b[0]), np.empty_like(b[0])
+        _, layers, dim = u.shape
+        u_hat, q = np.empty_like(u[0]), np.empty_like(b[0])
+        g_u_hat, g_q, g_a = np.empty_like(u[0]), np.empty_like(b[0]), np.empty_like(b[0])
         z, g = np.empty(dim, F), np.empty(dim, F)
+        if w.shape[0] == 1:
+            g_w[0] = F(0)
         for n in range(start, stop):
-            constrain(w[n], u[n], softplus, u_hat, q)
-            g_w[n] = F(0)
+            own = n if w.shape[0] > 1 else 0
+            constrain(w[own], u[n], softplus, u_hat, q)
+            if w.shape[0] > 1:
+                g_w[own] = F(0)
             g_b[n] = F(0)
             g_u_hat[:] = F(0)
             g_q[:] = F(0)
@@ -110,22 +116,22 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
                     g_b[n, k] += a
                     for d in range(dim):
                         g_u_hat[k, d] += g[d] * v
-                        g[d] += w[n, k, d] * a
+                        g[d] += w[own, k, d] * a
                 for k in range(layers):
                     v, a = t[n, k, i], g_a[k]
                     for d in range(dim):
-                        g_w[n, k, d] += a * z[d]
+                        g_w[own, k, d] += a * z[d]
                         z[d] += u_hat[k, d] * v
                 for d in range(dim):
                     g_x[n, i, d] = g[d]
-            constrain_backward(g_u_hat, g_q, w[n], u[n], softplus, g_w[n], g_u[n], True)
+            constrain_backward(g_u_hat, g_q, w[own], u[n], softplus, g_w[own], g_u[n], True)
         return TAG
 
     return backward
 
 
-def _parts(w: Any, size: int) -> list[tuple[int, int]]:
-    count, layers, dim = w.shape
+def _parts(u: Any, size: int) -> list[tuple[int, int]]:
+    count, layers, dim = u.shape
     return threads.ranges(count, count * size * layers * (dim + 20), 1)
 
 
@@ -138,7 +144,7 @@ def forward(
     if out_score is None:
         score, out_score = x, y  # placeholders that aren't read
     args = (x, score, sign, w, u, b, softplus, y, log_det, out_score, t)
-    threads.run(lambda start, stop: kernel_(*args, start, stop), _parts(w, x.shape[1]))
+    threads.run(lambda start, stop: kernel_(*args, start, stop), _parts(u, x.shape[1]))
 
 
 def backward(
@@ -148,5 +154,14 @@ def backward(
     """Fill the gradients to x, w, u and b; g_log_det None counts as zero."""
     kernel_ = _make_backward(w.dtype.type, g_log_det is not None)
     weight = b if g_log_det is None else g_log_det  # b: a placeholder that isn't read
-    args = (g_y, weight, x, w, u, b, softplus, t, g_x, g_w, g_u, g_b)
-    threads.run(lambda start, stop: kernel_(*args, start, stop), _parts(w, x.shape[1]))
+    args, parts = (g_y, weight, x, w, u, b, softplus, t, g_x), _parts(u, x.shape[1])
+    if len(w) > 1 or len(parts) == 1:
+        threads.run(lambda start, stop: kernel_(*args, g_w, g_u, g_b, start, stop), parts)
+        return
+
+    def task(start: int, stop: int) -> Any:
+        mine = np.empty_like(g_w)
+        kernel_(*args, mine, g_u, g_b, start, stop)
+        return mine
+
+    g_w[:] = sum(threads.run(task, parts))
