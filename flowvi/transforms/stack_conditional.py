@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from flowvi import kernels
 from flowvi.checks import flags, positive_integers
 from flowvi.transforms.base import Conditioned, check_context
-from flowvi.transforms.planar import _check_constraint, _random_directions, hidden_sizes
+from flowvi.transforms.planar import _check_constraint, hidden_sizes
 
 
 class _Rows:
@@ -213,7 +213,7 @@ class ConditionalStack(ConditionalTransformModule):
 
 
 _GAIN = 0.25
-"""Of the network behind layers with shared directions."""
+"""Of the network that gives planar layers their parameters: with 1, and with .1, the fits measured came out worse."""
 
 
 def _short_bases(num_flows: int, input_dim: int) -> Tensor:
@@ -251,10 +251,8 @@ def conditional_planar_stack(
     positive_integers(input_dim=input_dim, num_flows=num_flows)
     flags(shared_directions=shared_directions)
     options = {"constraint": _check_constraint(constraint)}
-    directions = _short_bases if shared_directions else _random_directions
-    starts = [directions(num_flows, input_dim), torch.zeros(num_flows, input_dim), torch.randn(num_flows)]
-    shared: dict[str, Any] = {"common": 1, "gain": _GAIN} if shared_directions else {}
-    network = ParameterNetwork(context_dim, hidden_dims, starts, **shared)
+    starts = [_short_bases(num_flows, input_dim), torch.zeros(num_flows, input_dim), torch.randn(num_flows)]
+    network = ParameterNetwork(context_dim, hidden_dims, starts, common=int(shared_directions), gain=_GAIN)
     return ConditionalStack(network, _PlanarLayers, **options)
 
 
