@@ -69,7 +69,7 @@ class AmortizedGuide(AutoGuide):
             all correlations, since layers on top learn slowly from the noise of minibatches.
         coupled: whether the local flows are given the noise of the global draw beside the encoder's features. Without
             it the sds of global latents come out too small, as if the local ones were known.
-        **options: of the flow's conditional form.
+        **options: of the flow's conditional form, such as `shared_directions` of planar layers.
 
     Raises:
         OptionError, UnknownFlowError: an argument can't be used.

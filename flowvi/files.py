@@ -49,7 +49,7 @@ CHECKPOINT = Kind(
 )
 AMORTIZED = Kind(
     "amortized fit",
-    1,
+    2,  # 1: the networks behind planar layers had no gain
     frozenset(("flowvi", "parameters", "example", "config", "timing", "history", "seed")),
     "flowvi.AmortizedFit.load",
 )
@@ -106,6 +106,11 @@ def read(path: Path, kind: Kind = POSTERIOR) -> dict[str, Any]:
         raise FileFormatError(
             f"{path} has format version {version}, written by flowvi {content.get('flowvi')}; this flowvi "
             f"({__version__}) reads up to {kind.version}: pip install --upgrade flowvi."
+        )
+    if isinstance(version, int) and version < kind.version:
+        raise FileFormatError(
+            f"{path} has format version {version}, written by an older flowvi ({content.get('flowvi')}), and its numbers "
+            f"mean something else now: fit and save anew, or read it with that one."
         )
     if version != kind.version or content.pop("digest", None) != digest(content):
         raise FileFormatError(f"{path} is damaged (wrong checksum): copy it again, or fit and save anew.")

@@ -159,6 +159,10 @@ def test_save_and_load(tmp_path):
     assert found.elbo(x, seed=1) == again.elbo(x, seed=1)
     with pytest.raises(flowvi.errors.FileFormatError, match="doesn't fit"):
         flowvi.AmortizedFit.load(tmp_path / "fit.pt", linear_gaussian, nn.Linear(3, 5))
+    content = torch.load(tmp_path / "fit.pt", weights_only=True)
+    torch.save(content | {"version": 1}, tmp_path / "old.pt")
+    with pytest.raises(flowvi.errors.FileFormatError, match="older flowvi"):
+        flowvi.AmortizedFit.load(tmp_path / "old.pt", linear_gaussian, nn.Identity())
 
 
 def test_a_dataset_is_its_tensors():

@@ -145,6 +145,8 @@ class ParameterNetwork(nn.Module):
             more weights it has; a gain below 1 makes up for that.
     """
 
+    gain: Tensor | None
+
     def __init__(
         self,
         context_dim: int,
@@ -155,7 +157,8 @@ class ParameterNetwork(nn.Module):
         gain: float = 1.0,
     ) -> None:
         super().__init__()
-        self.gain = gain
+        # A buffer, so that weights learnt with another gain are not taken for those of this one.
+        self.register_buffer("gain", None if gain == 1 else torch.tensor(gain))
         hidden = hidden_sizes(context_dim, hidden_dims)
         self.context_dim = context_dim
         body: list[nn.Module] = []
@@ -177,7 +180,7 @@ class ParameterNetwork(nn.Module):
         """Each parameter at the context, (..., *shape); those that don't depend on it (*shape)."""
         check_context(context, self.context_dim, next(self.heads.parameters()))
         features = self.body(context)
-        if self.gain != 1:
+        if self.gain is not None:
             features = self.gain * features
         each = (head(features).unflatten(-1, s) for head, s in zip(self.heads, self.shapes, strict=True))
         return (*self.common, *each)
