@@ -109,8 +109,8 @@ def read(path: Path, kind: Kind = POSTERIOR) -> dict[str, Any]:
         )
     if isinstance(version, int) and version < kind.version:
         raise FileFormatError(
-            f"{path} has format version {version}, written by an older flowvi ({content.get('flowvi')}): its numbers mean "
-            f"something else now. Fit and save anew, or read it with that one."
+            f"{path} has format version {version}, written by an older flowvi ({content.get('flowvi')}): its "
+            f"numbers mean something else now. Fit and save anew, or read it with that one."
         )
     if version != kind.version or content.pop("digest", None) != digest(content):
         raise FileFormatError(f"{path} is damaged (wrong checksum): copy it again, or fit and save anew.")
