@@ -198,10 +198,11 @@ def _same_front(points: tuple[Tensor, ...], matrices: tuple[Tensor, ...], scalar
 
 def _planar_front(points: tuple[Tensor, ...], w: Tensor, u: Tensor, b: Tensor) -> list[Tensor]:
     """`_same_front`, but directions that all data share stay one: w (1, ..., 1, K, D)."""
-    if u.dim() == 2 or w.shape[:-2].numel() > 1:
-        return _same_front(points, (w, u), (b,))
-    *rest, b = _same_front(points, (u,), (b,))
-    return [*rest[:-1], w.reshape(*(1,) * (rest[-1].dim() - 2), *w.shape[-2:]), rest[-1], b]
+    each = _same_front(points, (w, u), (b,))
+    front = each[0].dim() - 2
+    if front and w.shape[:-2].numel() == 1:
+        each[len(points)] = w.reshape(*(1,) * front, *w.shape[-2:])
+    return each
 
 
 def planar_stack(x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) -> tuple[Tensor, Tensor, Tensor]:
