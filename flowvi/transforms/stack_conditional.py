@@ -245,8 +245,8 @@ def conditional_planar_stack(
         hidden_dims: sizes of the hypernetwork's hidden layers; () makes the parameters linear in the context.
         constraint: "squareplus" or "softplus" (not the identity at the start), as for `Planar`.
         shared_directions: whether the layers' directions w are learnt once for all contexts, so that the context says
-            only how far each layer moves what (u and b): half the outputs of the network, and where K exceeds D often
-            the better fit.
+            only how far each layer moves what (u and b): half the outputs of the network, and the better fit where K is
+            well above D.
 
     Raises:
         OptionError: an argument can't be used.
