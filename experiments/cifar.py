@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +98,6 @@ def run(
         FlowVIError: the data is missing, or there is no row yet.
     """
     require_matplotlib()
-    start = time.perf_counter()
     data = dlgm_runs.on_each(lambda: images(config, folder))
     for length in config.lengths:
         dlgm_runs.run_case(config.case(data, length), data, out, resume=resume, progress=progress)
@@ -115,6 +113,7 @@ def run(
     notes = [
         f"{like.data}; other images give the test patches. Pixels are (v + u) / 256 with u uniform on (0, 1).",
         f"{like.latent_dim} latents, {like.hidden} maxout units with window 4, logit-normal likelihood; "
+        f"the layers' parameters are {dlgm_runs.given_by(training)}; "
         f"{training.updates:,} updates with batches of 100, {training.optimizer} {training.lr:g} "
         f"({training.lr_schedule}), the same for every K.",
         f"F = -ELBO, and -log p by {like.num_samples} importance samples, on {like.num_test:,} patches: of the density "
@@ -124,7 +123,7 @@ def run(
         "doesn't give in full: only how much it falls with K compares.",
     ]
     results = [dlgm_runs.result(row) for row in rows]
-    return Report("cifar", TITLE, config, results, lines, notes, draw(rows), time.perf_counter() - start)
+    return Report("cifar", TITLE, config, results, lines, notes, draw(rows), dlgm_runs.seconds(rows))
 
 
 def draw(rows: Sequence[Row]) -> Figure:

@@ -246,6 +246,17 @@ def table(rows: Sequence[Row]) -> list[dict[str, str]]:
     return lines
 
 
+def given_by(training: Training) -> str:
+    """Where the layers' parameters come from, in words."""
+    whence = f"given by {training.neck} hidden units" if training.neck else "linear in the encoder's units"
+    return whence + (", but for their directions, which all images share" if training.shared_directions else "")
+
+
+def seconds(rows: Sequence[Row]) -> float:
+    """What all rows took, whenever they were made."""
+    return sum(row["seconds"] + row["score_seconds"] for row in rows)
+
+
 def result(row: Row) -> Row:
     """The row as results.json has it: without each image's values, and flat."""
     case = row["case"]

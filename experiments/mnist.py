@@ -6,7 +6,6 @@ of the same samples. Absolute values move by nats with the binarization, so what
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,7 +141,6 @@ def run(
         images: the data.
     """
     require_matplotlib()
-    start = time.perf_counter()
     data = dlgm_runs.on_each(lambda: images(config, folder))
     for flow, lengths in (("planar", config.lengths), ("nice", config.nice)):
         for length in lengths:
@@ -160,7 +158,7 @@ def run(
         lines,
         _notes(like),
         draw(rows),
-        time.perf_counter() - start,
+        dlgm_runs.seconds(rows),
     )
 
 
@@ -194,9 +192,7 @@ def _notes(like: Case) -> list[str]:
     return [
         f"{like.data}. Never compare absolute values across binarizations.",
         f"{like.latent_dim} latents, {like.hidden} maxout units with window {like.window} in the generative network "
-        f"and in the encoder; the layers' parameters are "
-        + (f"given by {training.neck} hidden units" if training.neck else "linear in the encoder's units")
-        + (", but for their directions, which all images share." if training.shared_directions else "."),
+        f"and in the encoder; the layers' parameters are {dlgm_runs.given_by(training)}.",
         f"{training.updates:,} updates with batches of 100, {training.optimizer} {training.lr:g} "
         f"({training.lr_schedule}), {how}, {'annealed by eq. 20' if training.anneal else 'not annealed'}; the same for "
         f"every K. The parameters with the best ELBO on held-out images are kept.",

@@ -45,11 +45,11 @@ POSTERIOR = Kind(
 )
 DENSITY = Kind("density", 1, frozenset((*_COMMON, "context_dim", "held_out")), "flowvi.load_density")
 CHECKPOINT = Kind(
-    "checkpoint", 1, frozenset(("flowvi", "call", "parts", "generators")), "flowvi.fit(..., checkpoint=folder)"
+    "checkpoint", 2, frozenset(("flowvi", "call", "parts", "generators")), "flowvi.fit(..., checkpoint=folder)"
 )
 AMORTIZED = Kind(
     "amortized fit",
-    2,  # 1: the networks behind planar layers had no gain
+    2,  # 1, and checkpoints of version 1: the networks behind planar layers had no gain
     frozenset(("flowvi", "parameters", "example", "config", "timing", "history", "seed")),
     "flowvi.AmortizedFit.load",
 )

@@ -50,7 +50,8 @@ class FlatParameters:
         """Fill `grad` with the gradient of a loss.
 
         Each parameter's gradient comes in memory of its own and is copied: to add it to what is there would be to
-        clear it, read it and write it again, several times the traffic where there are millions of parameters.
+        clear it, read it and write it again, several times the traffic where there are millions of parameters. So the
+        parameters' own gradients are no longer views of `grad` after this, but None.
         """
         for p in self.parameters:
             p.grad = None

@@ -307,9 +307,8 @@ def _maximize(
     bar = Bar(total=schedule.num_steps, desc="fit_density", disable=None if progress is None else not progress)
     try:
         for step, rows in zip(range(schedule.num_steps), _batches(train, batch_size, generator), strict=False):
-            flat.grad.zero_()
             log_q = flow_at(q, rows.context).log_prob(rows.x).mean()
-            (-log_q).backward()
+            flat.backward(-log_q)
             adam.step(schedule.lr_at(step), log_q.isfinite())
             record.steps = step + 1
             seen.append(log_q.detach())

@@ -209,7 +209,7 @@ def planar_stack(x: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str) ->
     """K planar layers: y (S, D), log|det| (S,) and t (K, S); see `planar.stack_forward`.
 
     Dimensions in front of any argument broadcast: w, u (N, K, D) and b (N, K) are layers of each datum's own, and with
-    w (K, D) their directions are common to all data.
+    w (K, D) all data share their directions.
     """
     return _PlanarStack.apply(*_planar_front((x,), w, u, b), constraint)
 

@@ -69,7 +69,7 @@ class _PlanarLayers:
     @staticmethod
     def _arranged(x: Tensor, w: Tensor, u: Tensor, b: Tensor) -> tuple[_Rows, list[Tensor]]:
         rows = _Rows(x, u.shape[:-2])
-        if w.dim() == 2:  # common to all data
+        if w.dim() == 2:  # shared by all data
             return rows, [w, *rows.parameters((u, b), (2, 1))]
         return rows, rows.parameters((w, u, b), (2, 2, 1))
 
@@ -140,7 +140,7 @@ class ParameterNetwork(nn.Module):
         context_dim: C.
         hidden_dims: sizes of the hidden layers; () is linear; two of max(16, 10 C) by default.
         starts: the first value of each parameter.
-        common: how many of them, counted from the first, are learnt as they are and depend on no context.
+        shared: how many of them, counted from the first, are learnt once for all contexts.
         gain: of the last layer's inputs. Adam moves every weight as far in a step, and so an output the farther the
             more weights it has; a gain below 1 makes up for that.
     """
@@ -153,7 +153,7 @@ class ParameterNetwork(nn.Module):
         hidden_dims: Sequence[int] | None,
         starts: Sequence[Tensor],
         *,
-        common: int = 0,
+        shared: int = 0,
         gain: float = 1.0,
     ) -> None:
         super().__init__()
@@ -165,8 +165,8 @@ class ParameterNetwork(nn.Module):
         for size_in, size_out in pairwise([context_dim, *hidden]):
             body += [nn.Linear(size_in, size_out), nn.ReLU()]
         self.body = nn.Sequential(*body)
-        self.common = nn.ParameterList(starts[:common])
-        starts = starts[common:]
+        self.shared = nn.ParameterList(starts[:shared])
+        starts = starts[shared:]
         self.shapes = [s.shape for s in starts]
         # A last layer for each parameter: one for all would have its output, and its gradient, cut and copied.
         heads = [nn.Linear([context_dim, *hidden][-1], s.numel()) for s in starts]
@@ -183,7 +183,7 @@ class ParameterNetwork(nn.Module):
         if self.gain is not None:
             features = self.gain * features
         each = (head(features).unflatten(-1, s) for head, s in zip(self.heads, self.shapes, strict=True))
-        return (*self.common, *each)
+        return (*self.shared, *each)
 
 
 class ConditionalStack(ConditionalTransformModule):
@@ -255,7 +255,7 @@ def conditional_planar_stack(
     flags(shared_directions=shared_directions)
     options = {"constraint": _check_constraint(constraint)}
     starts = [_short_bases(num_flows, input_dim), torch.zeros(num_flows, input_dim), torch.randn(num_flows)]
-    network = ParameterNetwork(context_dim, hidden_dims, starts, common=int(shared_directions), gain=_GAIN)
+    network = ParameterNetwork(context_dim, hidden_dims, starts, shared=int(shared_directions), gain=_GAIN)
     return ConditionalStack(network, _PlanarLayers, **options)
 
 

@@ -71,8 +71,8 @@ def _make_planar(dtype: type) -> Any:
         product: Any = np.zeros(TILE, F)
         work: Any = np.zeros(3 * TILE, F)
         for n in range(n_start, n_stop):
-            own = n if w.shape[0] > 1 else 0
-            constrain(w[own], u[n], softplus, u_hat, q)
+            row = n if w.shape[0] > 1 else 0
+            constrain(w[row], u[n], softplus, u_hat, q)
             for first in range(start, stop, TILE):
                 size = min(TILE, stop - first)
                 for j in range(size):
@@ -85,7 +85,7 @@ def _make_planar(dtype: type) -> Any:
                     for j in range(size):
                         work[at(j)] = b[n, k]
                     for d in range(dim):
-                        into = w[own, k, d]
+                        into = w[row, k, d]
                         for j in range(size):
                             work[at(j)] += into * z[at(d * TILE + j)]
                     solve(work, size, q[k], TOLERANCE, F)

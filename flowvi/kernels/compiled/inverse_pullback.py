@@ -33,8 +33,8 @@ def _make_planar(dtype: type) -> Any:
         s: Any = np.zeros(dim * TILE, F)
         c: Any = np.zeros(TILE, F)
         for n in range(n_start, n_stop):
-            own = n if w.shape[0] > 1 else 0
-            constrain(w[own], u[n], softplus, u_hat, q)
+            row = n if w.shape[0] > 1 else 0
+            constrain(w[row], u[n], softplus, u_hat, q)
             for first in range(start, stop, TILE):
                 size = min(TILE, stop - first)
                 for d in range(dim):
@@ -54,7 +54,7 @@ def _make_planar(dtype: type) -> Any:
                         per_det = F(1) / (v * v + h * q[k])
                         c[at(j)] = h * (F(2) * v * m * weight[n, first + j] * per_det - c[at(j)]) * per_det
                     for d in range(dim):
-                        into = w[own, k, d]
+                        into = w[row, k, d]
                         for j in range(size):
                             s[at(d * TILE + j)] += into * c[at(j)]
                 for d in range(dim):

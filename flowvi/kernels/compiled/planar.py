@@ -2,7 +2,7 @@
 
 Every array is C-contiguous and of one dtype, float32 or float64: x, y, scores and their cotangents (S, D),
 log_det (S,), w and u (K, D), b (K,), t (K, S). With one dimension more in front of every array, each datum has
-layers of its own; a w of (1, K, D) then is common to all data.
+layers of its own; a w of (1, K, D) then is shared by all data.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def backward(
         if x.shape[1] < MANY:
             planar_each.backward(g_y, g_log_det, x, w, u, b, softplus, t, g_x, g_w, g_u, g_b)
             return
-        shared = len(w) < len(u)
+        g_each = g_w if len(w) == len(u) else np.empty_like(u)
         for n in range(len(u)):
             weight = None if g_log_det is None else g_log_det[n]
-            to_w = np.empty_like(w[0]) if shared and n else g_w[n]
-            backward(g_y[n], weight, x[n], w[n % len(w)], u[n], b[n], softplus, t[n], g_x[n], to_w, g_u[n], g_b[n])
-            if shared and n:
-                g_w[0] += to_w
+            grads = (g_x[n], g_each[n], g_u[n], g_b[n])
+            backward(g_y[n], weight, x[n], w[n % len(w)], u[n], b[n], softplus, t[n], *grads)
+        if g_each is not g_w:
+            g_w[0] = g_each.sum(0)
         return
     if w.shape[1] > planar_small.MAX_DIM:
         planar_gram.backward(g_y, g_log_det, x, w, u, b, softplus, t, g_x, g_w, g_u, g_b)

@@ -1,7 +1,7 @@
 """Planar stacks with layers of their own for every datum: particle by particle, the inner loops over D.
 
 Arrays as in `planar` with N in front: x (N, S, D), w and u (N, K, D), b (N, K), log_det (N, S), t (N, K, S). A w of
-(1, K, D) is common to all data.
+(1, K, D) is shared by all data.
 No two particles share much, so nothing is gained by tiles; D is contiguous and vectorizes.
 """
 
@@ -32,8 +32,8 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
         u_hat, q = np.empty_like(u[0]), np.empty_like(b[0])
         z, pull = np.empty(dim, F), np.empty(dim, F)
         for n in range(start, stop):
-            own = n if w.shape[0] > 1 else 0
-            constrain(w[own], u[n], softplus, u_hat, q)
+            row = n if w.shape[0] > 1 else 0
+            constrain(w[row], u[n], softplus, u_hat, q)
             for i in range(x.shape[1]):
                 for d in range(dim):
                     z[d] = x[n, i, d]
@@ -48,7 +48,7 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
                         product = F(1)
                     a, along = F(0), F(0)
                     for d in range(dim):
-                        a += w[own, k, d] * z[d]
+                        a += w[row, k, d] * z[d]
                         if with_score:
                             along += u_hat[k, d] * pull[d]
                     v = tanh(a + b[n, k])
@@ -63,7 +63,7 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
                     for d in range(dim):
                         z[d] += u_hat[k, d] * v
                         if with_score:
-                            pull[d] += w[own, k, d] * c
+                            pull[d] += w[row, k, d] * c
                 log_det[n, i] = total + np.log(product)
                 for d in range(dim):
                     y[n, i, d] = z[d]
@@ -90,10 +90,10 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
         if w.shape[0] == 1:
             g_w[0] = F(0)
         for n in range(start, stop):
-            own = n if w.shape[0] > 1 else 0
-            constrain(w[own], u[n], softplus, u_hat, q)
+            row = n if w.shape[0] > 1 else 0
+            constrain(w[row], u[n], softplus, u_hat, q)
             if w.shape[0] > 1:
-                g_w[own] = F(0)
+                g_w[row] = F(0)
             g_b[n] = F(0)
             g_u_hat[:] = F(0)
             g_q[:] = F(0)
@@ -116,15 +116,15 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
                     g_b[n, k] += a
                     for d in range(dim):
                         g_u_hat[k, d] += g[d] * v
-                        g[d] += w[own, k, d] * a
+                        g[d] += w[row, k, d] * a
                 for k in range(layers):
                     v, a = t[n, k, i], g_a[k]
                     for d in range(dim):
-                        g_w[own, k, d] += a * z[d]
+                        g_w[row, k, d] += a * z[d]
                         z[d] += u_hat[k, d] * v
                 for d in range(dim):
                     g_x[n, i, d] = g[d]
-            constrain_backward(g_u_hat, g_q, w[own], u[n], softplus, g_w[own], g_u[n], True)
+            constrain_backward(g_u_hat, g_q, w[row], u[n], softplus, g_w[row], g_u[n], True)
         return TAG
 
     return backward
