@@ -12,7 +12,7 @@ from threading import RLock
 
 import torch
 
-__all__ = ["ONE_AT_A_TIME", "kept"]
+__all__ = ["ONE_AT_A_TIME", "kept", "reseed"]
 
 ONE_AT_A_TIME = RLock()
 """The random state, Pyro's handlers and the default dtype belong to the whole process."""
@@ -25,3 +25,11 @@ def kept(seed: int | None = None) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Seed what draws on this device and on the CPU; to seed whatever there may be costs a third of a millisecond."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)

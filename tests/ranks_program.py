@@ -166,7 +166,7 @@ def ctrl_c_on_the_last_rank(ranks):
     return outcome(posterior) | {"warned": [w.category is InterruptedWarning for w in seen]}
 
 
-def amortized(distributed):
+def amortized(distributed, optimizer="adam"):
     """The parameters of an encoder after a few minibatches, its last checked ELBO, and how a bad batch size is met."""
 
     def model(x):
@@ -178,10 +178,33 @@ def amortized(distributed):
     encoder = torch.nn.Linear(3, 8)
     x = torch.randn(200, 3)
     made = {"encoder": encoder, "num_flows": 2, "num_steps": 200, "seed": 0, "progress": False, "validation": 0}
+    made["optimizer"] = optimizer
     fit = flowvi.fit(model, (x,), batch_size=20, lr=1e-2, distributed=distributed, **made)
     odd = raised(lambda: flowvi.fit(model, (x,), batch_size=21, distributed=distributed, **made), OptionError)
     weights = torch.cat([p.detach().reshape(-1) for p in encoder.parameters()])
     return {"weights": weights, "train": fit.history.train, "odd": odd}
+
+
+def by_messages(ranks, function):
+    """What a function gives when the ranks share no memory."""
+    memory, ranks._memory = ranks._memory, None
+    try:
+        return function()
+    finally:
+        ranks._memory = memory
+
+
+def sums(ranks):
+    """Sums over the ranks by memory and by messages, and what memory they used."""
+    found, before = [], ranks._memory and ranks._memory._rows[0]
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        for shape in ((), (0,), (7,), (3, 5), (3_000,), (70_000,), (2,)):
+            g = torch.Generator().manual_seed(ranks.rank)
+            mine = (100 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
+            there = ranks.sum_(mine.clone()), by_messages(ranks, lambda x=mine: ranks.sum_(x.clone()))
+            strided = torch.stack([mine, mine], -1)[..., 0]
+            found.append((*there, ranks.sum_(strided)))
+    return {"sums": found, "grown": before is not None and ranks._memory._rows[0] is not before}
 
 
 def experiment(folder):
@@ -229,6 +252,11 @@ def everything(folder):
         "restarts alone": outcome(flowvi.fit(bent, dim=2, whiten=False, restarts=3, **SMALL)),
         "amortized": amortized(True),
         "amortized alone": amortized(False),
+        "amortized by messages": by_messages(ranks, lambda: amortized(True)),
+        "rmsprop": amortized(True, "rmsprop"),
+        "rmsprop by messages": by_messages(ranks, lambda: amortized(True, "rmsprop")),
+        "fit by messages": by_messages(ranks, lambda: outcome(flowvi.fit(bent, dim=2, **fit))),
+        **sums(ranks),
         "experiment": experiment(folder),
         "not finite": nan_on_the_last_rank(ranks),
         "ctrl-c": ctrl_c_on_the_last_rank(ranks),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,18 @@ import torch
 
 import flowvi
 from flowvi.errors import OptionError
+from flowvi.fit import host_memory
 from flowvi.fit.distributed import ALONE, TIMEOUT_NAME, VARIABLES, Ranks, _timeout, local_device
+from flowvi.fit.host_memory import SWITCH, HostMemory
 from tests import ranks_program
 
 PROGRAM = Path(ranks_program.__file__)
 ROOT = PROGRAM.parents[1]
+
+
+shares_memory = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"), reason="ranks share no memory here"
+)
 
 
 def environment(**more):
@@ -122,6 +132,32 @@ def test_minibatches_of_an_encoder_are_split(both):
     assert float(first["train"][-20:].mean()) > float(first["train"][0])
 
 
+@shares_memory
+def test_sums_by_memory_are_those_by_messages(both):
+    for found, other in zip(both[0]["sums"], both[1]["sums"], strict=True):
+        by_memory, by_messages, strided = found
+        assert torch.equal(by_memory, other[0])
+        assert torch.equal(by_memory, strided)
+        assert torch.equal(by_memory, by_messages)  # of two numbers: more could round in another order
+    assert both[0]["grown"]
+    assert both[1]["grown"]
+
+
+@pytest.mark.parametrize("name", ["amortized", "rmsprop"])
+def test_an_encoder_learns_the_same_with_and_without_common_memory(both, name):
+    for found in both:
+        by_memory, by_messages = found[name], found[f"{name} by messages"]
+        assert torch.equal(by_memory["weights"], both[0][name]["weights"])
+        assert torch.allclose(by_memory["weights"], by_messages["weights"], rtol=1e-3, atol=1e-3)
+        assert torch.allclose(by_memory["train"], by_messages["train"], rtol=1e-3, atol=1e-3)
+
+
+def test_a_fit_is_the_same_with_and_without_common_memory(both):
+    for found in both:
+        for part in ("parameters", "elbo"):
+            assert torch.equal(found["fit"][part], found["fit by messages"][part])
+
+
 def test_ctrl_c_on_one_rank_ends_both_at_one_step(both):
     first, second = (found["ctrl-c"] for found in both)
     assert 80 < len(first["elbo"]) == len(second["elbo"]) < 20_000
@@ -200,6 +236,55 @@ def test_the_timeout_comes_from_the_environment(monkeypatch):
         monkeypatch.setenv(TIMEOUT_NAME, wrong)
         with pytest.raises(OptionError, match=TIMEOUT_NAME):
             _timeout()
+
+
+def alone_of_two(timeout=0.5):
+    """The memory of rank 0 of two, whose rank 1 agrees with all it says, and never comes."""
+    return HostMemory.between(0, 2, timeout, lambda value: [value, value])
+
+
+@shares_memory
+def test_a_rank_waits_in_common_memory_only_while_the_other_lives(monkeypatch):
+    memory = alone_of_two()
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        memory.meet()
+    monkeypatch.setattr(HostMemory, "_lives", lambda self, other: True)
+    with pytest.raises(RuntimeError, match=r"rank 1 was silent for 0\.5 seconds"):
+        memory.sum_(torch.ones(3))
+    memory.close()
+    memory.close()
+
+
+def no_room(file, first, size):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        lambda patch: patch.setenv(SWITCH, "0"),
+        lambda patch: patch.setattr(platform, "machine", lambda: "aarch64"),  # whose writes may be seen out of order
+        lambda patch: patch.setattr(sys, "platform", "darwin"),
+        lambda patch: patch.setattr(host_memory, "FOLDER", "/no/such/folder"),
+        lambda patch: patch.setattr(os, "posix_fallocate", no_room),
+        lambda patch: patch.setattr(tempfile, "mkstemp", lambda **_: no_room(0, 0, 0)),
+    ],
+)
+def test_without_common_memory_ranks_use_messages(monkeypatch, why):
+    before = set(Path("/dev/shm").glob("flowvi-*"))
+    why(monkeypatch)
+    assert alone_of_two() is None
+    assert set(Path("/dev/shm").glob("flowvi-*")) == before
+
+
+@shares_memory
+def test_what_finds_no_room_later_goes_by_messages(monkeypatch):
+    memory = alone_of_two()
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    assert memory.tensor((4, 5), torch.float32) is None
+    assert not memory.sum_(torch.ones(host_memory.SMALL))
+    assert ALONE.shared((4, 5), torch.ones(1)) is None
+    memory.close()
 
 
 def test_cuda_is_the_ranks_own_gpu(monkeypatch):

@@ -61,6 +61,15 @@ class FlatParameters:
         for p in self.parameters:
             p.grad = None
 
+    def move(self, vector: Tensor, grad: Tensor) -> None:
+        """Live in other memory from here on, with the present values."""
+        with torch.no_grad():
+            vector.copy_(self.vector)
+            self.vector, self.grad = vector, grad
+            for p, value, part in zip(self.parameters, *map(self._split, (vector, grad)), strict=True):
+                p.data, p.grad = value, part
+        self.vector.grad = grad
+
     def release(self) -> None:
         """Give every parameter its own storage again, with its present value."""
         with torch.no_grad():
@@ -75,6 +84,7 @@ class FlatMoments:
     Args:
         vector: the parameters, changed in place.
         grad: their gradient, read at each step.
+        moments: memory for the two moments, all 0; None makes it.
 
     Attributes:
         mean: the first moment, of the vector's shape.
@@ -82,15 +92,20 @@ class FlatMoments:
         state: float64 (3,): steps taken, running length of the gradient, steps skipped.
     """
 
-    def __init__(self, vector: Tensor, grad: Tensor) -> None:
+    def __init__(self, vector: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> None:
         self.vector, self.grad = vector.detach(), grad
-        self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
+        self.mean, self.square = moments or (torch.zeros_like(self.vector), torch.zeros_like(self.vector))
         self.state = torch.zeros(3, dtype=torch.float64, device=vector.device)
 
     @property
     def skipped(self) -> int:
         """Steps that were not taken."""
         return int(self.state[2])
+
+    def _length(self, length: float) -> Tensor:
+        if length < 0:
+            return torch.linalg.vector_norm(self.grad, dtype=torch.float64)
+        return self.state.new_tensor(length)
 
     def forget(self) -> None:
         """Start again from here: without moments, but with the number of steps skipped."""
@@ -106,10 +121,13 @@ class FlatAdam(FlatMoments):
         vector: the parameters, changed in place.
         grad: their gradient, read at each step.
         beta2: how much of the second moment a step keeps.
+        moments: see `FlatMoments`.
     """
 
-    def __init__(self, vector: Tensor, grad: Tensor, beta2: float = BETA2) -> None:
-        super().__init__(vector, grad)
+    def __init__(
+        self, vector: Tensor, grad: Tensor, beta2: float = BETA2, moments: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        super().__init__(vector, grad, moments)
         self.beta2 = beta2
         self._kernel = None
         module = dispatch.compiled("training", self.vector, grad)
@@ -118,13 +136,19 @@ class FlatAdam(FlatMoments):
             self._arrays = arrays
             self._kernel = module.make_adam(arrays[0].dtype.type)
 
-    def step(self, lr: float, usable: Tensor | bool = True) -> None:
-        """One step of size `lr`, unless the gradient is not finite or `usable` is false."""
+    def step(self, lr: float, usable: Tensor | bool = True, length: float = -1.0) -> None:
+        """One step of size `lr`, unless the gradient is not finite or `usable` is false.
+
+        Args:
+            lr: the size.
+            usable: whether the step is to be taken.
+            length: of the gradient that this one is a part of; below 0 this one is all of it.
+        """
         if self._kernel is not None:
-            self._kernel(*self._arrays, lr, CLIP, KEEP, BETA1, self.beta2, EPS, bool(usable))
+            self._kernel(*self._arrays, lr, CLIP, KEEP, BETA1, self.beta2, EPS, bool(usable), length)
             return
         taken, typical, skipped = self.state.unbind()
-        norm = torch.linalg.vector_norm(self.grad, dtype=torch.float64)
+        norm = self._length(length)
         ok = torch.isfinite(norm) & usable
         typical_ = torch.where(taken > 0, typical, norm)
         cut = torch.minimum(norm, CLIP * typical_)

@@ -24,16 +24,16 @@ from flowvi.amortized_fit import AmortizedFit, AmortizedHistory
 from flowvi.checks import positive_integers_or_none, positive_numbers_or_none
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
 from flowvi.files import digest, plain
-from flowvi.fit.adam import BETA2, FlatAdam, FlatParameters
+from flowvi.fit.adam import FlatParameters
 from flowvi.fit.amortized_step import AmortizedStep, learnt_parameters
 from flowvi.fit.batches import Batches, split_rows
 from flowvi.fit.checkpoint import Checkpoint, _name, _word, whole_steps
+from flowvi.fit.descent import OPTIMIZERS, make_descent
 from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.engine import STOP_EVERY, Schedule
-from flowvi.fit.rmsprop import FlatRMSprop
 from flowvi.objectives import ELBO, LinearAnneal, PathELBO
 from flowvi.progress import Bar, wanted
-from flowvi.random_state import kept
+from flowvi.random_state import kept, reseed
 from flowvi.transforms.registry import lookup
 
 __all__ = ["fit_amortized"]
@@ -46,7 +46,6 @@ PATIENCE = 20
 CHECKS = 100  # of the held-out rows, in the course of a fit
 CHECKED_ROWS = 2000  # held-out rows at most for one check
 LOOP = "amortized"
-OPTIMIZERS = ("adam", "rmsprop")
 GLOBALS_BETA2 = 0.99
 """Of Adam where there are global latents: while they are far off, gradients are some 100 times those at the end, and
 with .999 the sds of the global latents were still 1.5 times too large after 2,000 steps."""
@@ -284,12 +283,8 @@ def _maximize(
             process; the gradient is the mean of theirs, and so that of the whole minibatch.
     """
     flat = FlatParameters(parameters)
-    ranks.broadcast_(flat.vector)
-    optimizer: FlatAdam | FlatRMSprop
-    if walk.optimizer == "adam":
-        optimizer = FlatAdam(flat.vector, flat.grad, GLOBALS_BETA2 if step.guide.has_globals else BETA2)
-    else:
-        optimizer = FlatRMSprop(flat.vector, flat.grad)
+    options = {"beta2": GLOBALS_BETA2} if walk.optimizer == "adam" and step.guide.has_globals else {}
+    descent = make_descent(flat, ranks, walk.optimizer, **options)
     record, best = Record(), flat.vector.clone()
     every = max(1, schedule.num_steps // CHECKS)
     objective: Any = step.objective
@@ -297,16 +292,15 @@ def _maximize(
     start = time.perf_counter()
 
     def state() -> dict[str, Any]:
-        moments = [optimizer.mean, optimizer.square, optimizer.state]
         so_far = vars(record) | {"seconds": time.perf_counter() - start}
-        return {"tensors": [flat.vector, best, seen, *moments], "record": so_far, "random": torch.get_rng_state()}
+        return {"tensors": [flat.vector, best, seen, *descent.state], "record": so_far, "random": torch.get_rng_state()}
 
     if checkpoint is not None:
         saved = checkpoint.take(LOOP)
         if saved is not None:
             with checkpoint.reading():
                 record = Record(**saved["record"])
-                mine = [flat.vector, best, seen, optimizer.mean, optimizer.square, optimizer.state]
+                mine = [flat.vector, best, seen, *descent.state]
                 for tensor, value in zip(mine, saved["tensors"], strict=True):
                     if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):  # copy_ would broadcast and cast
                         raise ValueError(f"a state of shape {tuple(value.shape)} where {tuple(tensor.shape)} is due")
@@ -323,13 +317,11 @@ def _maximize(
                 beta = objective.beta(t) if isinstance(objective, ELBO) else 1.0
                 lr = (schedule.lr if walk.constant else schedule.lr_at(t)) * 0.5 ** len(record.collapses)
                 if ranks.world > 1:
-                    torch.manual_seed((seed + 1) * 1_000_003 + t * ranks.world + ranks.rank)
+                    reseed((seed + 1) * 1_000_003 + t * ranks.world + ranks.rank, flat.vector.device)
                 loss = step(train.minibatch(t, walk.batch_size, seed, ranks.share(walk.batch_size)), beta)
                 flat.backward(loss.surrogate)
-                ranks.mean_(flat.grad)
-                elbo = ranks.mean_(loss.elbo.clone())
+                elbo = descent.step(lr, loss.elbo)
                 finite = elbo.isfinite()
-                optimizer.step(lr, finite)
                 seen += torch.stack([torch.where(finite, elbo, 0.0), finite]).to(seen)
                 record.steps = t + 1
                 if (t + 1) % every == 0 or t + 1 == schedule.num_steps:
@@ -341,7 +333,7 @@ def _maximize(
                     if record.has_collapsed:
                         record.collapses.append(len(record.checks))
                         flat.vector.copy_(best)
-                        optimizer.forget()
+                        descent.forget()
                     elif held is None or value > record.best:
                         record.waited, record.best, record.best_step = 0, value, t + 1
                         best.copy_(flat.vector)
@@ -367,7 +359,7 @@ def _maximize(
         with torch.no_grad():
             flat.vector.copy_(best)
         flat.release()
-    record.skipped_steps = optimizer.skipped
+    record.skipped_steps = descent.skipped
     record.seconds = time.perf_counter() - start
     return record
 

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowvi.errors import FlowVIError, FlowVIWarning, OptionError, RankLostError
+from flowvi.fit.host_memory import HostMemory
 
 __all__ = ["ALONE", "Ranks", "Split", "local_device"]
 
@@ -53,6 +55,7 @@ class Ranks:
         world: how many there are.
         control: the group that plain objects go through (gloo); None of one rank.
         patient: the same, for waits without a limit.
+        memory: what they share, where they run on one machine.
 
     Attributes:
         rank, world: as above.
@@ -63,9 +66,16 @@ class Ranks:
         (slice(0, 10, None), True)
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, control: Any = None, patient: Any = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        control: Any = None,
+        patient: Any = None,
+        memory: HostMemory | None = None,
+    ) -> None:
         self.rank, self.world = rank, world
-        self._control, self._patient = control, patient
+        self._control, self._patient, self._memory = control, patient, memory
         self._stop = False
 
     def __repr__(self) -> str:
@@ -105,9 +115,11 @@ class Ranks:
             atexit.unregister(_leave)
             atexit.register(_leave)  # before the interpreter ends, under the threads that listen
         if _joined is None or _joined[0] is not dist.group.WORLD:
+            rank, world = dist.get_rank(), dist.get_world_size()
             with _talking():
-                groups = [dist.new_group(backend="gloo", timeout=limit) for limit in (_timeout(), PATIENCE)]
-            _joined = dist.group.WORLD, Ranks(dist.get_rank(), dist.get_world_size(), *groups)
+                control, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (_timeout(), PATIENCE))
+                memory = HostMemory.between(rank, world, _timeout().total_seconds(), partial(_gather, control))
+            _joined = dist.group.WORLD, Ranks(rank, world, control, patient, memory)
         return _joined[1]
 
     @property
@@ -125,8 +137,22 @@ class Ranks:
         """The sum over ranks, the same bits on each."""
         if self.world > 1:
             with _talking():
-                dist.all_reduce(tensor)
+                if self._memory is None or tensor.device.type != "cpu" or not self._memory.sum_(tensor):
+                    dist.all_reduce(tensor)
         return tensor
+
+    def shared(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """Zeros that every rank sees, of the dtype of `like`; None, on all, of one rank or where there can't be any."""
+        if self._memory is None or like.device.type != "cpu":
+            return None
+        with _talking():
+            return self._memory.tensor(shape, like.dtype)
+
+    def meet(self) -> None:
+        """Return when all have come here and can read what each wrote to `shared` memory before."""
+        assert self._memory is not None
+        with _talking():
+            self._memory.meet()
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """The mean over ranks, such as that of flat gradients of equal shares."""
@@ -186,10 +212,8 @@ class Ranks:
         """The values of all ranks, on each; waits as long as it takes."""
         if self.world == 1:
             return [value]
-        values: list[Any] = [None] * self.world
         with _talking():
-            dist.all_gather_object(values, value, self._patient)
-        return values
+            return _gather(self._patient, value)
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on one of the ranks."""
@@ -197,7 +221,8 @@ class Ranks:
             return flag
         count = torch.tensor(float(flag))
         with _talking():
-            dist.all_reduce(count, group=self._control)
+            if self._memory is None or not self._memory.sum_(count):
+                dist.all_reduce(count, group=self._control)
         return bool(count)
 
     def barrier(self) -> None:
@@ -321,6 +346,13 @@ def local_device(device: torch.device | str | None, ranks: Ranks) -> torch.devic
     return torch.device("cuda", int(local)) if asked.type == "cuda" and asked.index is None else asked
 
 
+def _gather(group: Any, value: T) -> list[T]:
+    """The values of all ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group)
+    return values
+
+
 def _timeout() -> timedelta:
     text = os.environ.get(TIMEOUT_NAME, str(TIMEOUT))
     try:
@@ -352,6 +384,8 @@ def _leave() -> None:
     global _joined
     if _joined is not None:
         _joined[1]._control = _joined[1]._patient = None
+        if _joined[1]._memory is not None:
+            _joined[1]._memory.close()
         _joined = None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -6,7 +6,6 @@ are cut and left out as in `flowvi.fit.adam`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flowvi.fit.adam import CLIP, KEEP, FlatMoments
@@ -17,9 +16,9 @@ MOMENTUM, DECAY, EPS = 0.9, 0.99, 1e-8
 class FlatRMSprop(FlatMoments):
     """RMSprop on one vector; the first moment is the running step m, the second the running square v."""
 
-    def step(self, lr: float, usable: Tensor | bool = True) -> None:
-        """One step of size `lr`, unless the gradient is not finite or `usable` is false."""
-        norm = float(torch.linalg.vector_norm(self.grad, dtype=torch.float64))
+    def step(self, lr: float, usable: Tensor | bool = True, length: float = -1.0) -> None:
+        """One step, as of `flowvi.fit.adam.FlatAdam`."""
+        norm = float(self._length(length))
         if not (bool(usable) and norm < float("inf")):
             self.state[2] += 1
             return

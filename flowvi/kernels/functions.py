@@ -191,7 +191,8 @@ def _same_front(points: tuple[Tensor, ...], matrices: tuple[Tensor, ...], scalar
     """Broadcast the dimensions in front of points (S, D), matrices (K, D) and scalars (K,)."""
     if all(a.dim() == 2 for a in points + matrices):
         return [*points, *matrices, *scalars]
-    front = torch.broadcast_shapes(*(a.shape[:-2] for a in points + matrices), *(a.shape[:-1] for a in scalars))
+    fronts = {*(a.shape[:-2] for a in points + matrices), *(a.shape[:-1] for a in scalars)} - {torch.Size()}
+    front = fronts.pop() if len(fronts) == 1 else torch.broadcast_shapes(*fronts)
     each = [a.expand(*front, *a.shape[-2:]) for a in points + matrices]
     return each + [a.expand(*front, a.shape[-1]) for a in scalars]
 

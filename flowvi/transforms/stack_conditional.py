@@ -32,7 +32,9 @@ class _Rows:
     """
 
     def __init__(self, x: Tensor, front: torch.Size) -> None:
-        self.full = torch.broadcast_shapes(x.shape[:-1], front)
+        lead = x.shape[:-1]
+        same = lead[len(lead) - len(front) :] == front  # as in a fit, where torch's own function would take its time
+        self.full = lead if same else torch.broadcast_shapes(lead, front)
         while len(front) and front[0] == 1:
             front = front[1:]
         self.front = self.full[len(self.full) - len(front) :]

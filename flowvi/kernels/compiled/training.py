@@ -166,13 +166,17 @@ def make_adam(dtype: type) -> Any:
     @kernel
     def adam(
         p: Any, g: Any, m: Any, v: Any, state: Any, lr: float, clip: float, keep: float,
-        beta1: float, beta2: float, eps: float, usable: bool,
+        beta1: float, beta2: float, eps: float, usable: bool, norm: float,
     ) -> int:  # fmt: skip
-        """state: steps taken, running length of the gradient (0 before the first), steps skipped."""
-        total = 0.0
-        for i in range(len(g)):
-            total += np.float64(g[i]) * np.float64(g[i])
-        norm = math.sqrt(total)
+        """state: steps taken, running length of the gradient (0 before the first), steps skipped.
+
+        norm: the length of the gradient that g is a part of; below 0, g is all of it.
+        """
+        if norm < 0.0:
+            total = 0.0
+            for i in range(len(g)):
+                total += np.float64(g[i]) * np.float64(g[i])
+            norm = math.sqrt(total)
         if not usable or not math.isfinite(norm):
             state[2] += 1.0
             return TAG
@@ -194,3 +198,30 @@ def make_adam(dtype: type) -> Any:
         return TAG
 
     return adam
+
+
+@cache
+def make_mean(dtype: type) -> Any:
+    """Fill out (P,) with the mean of parts of a vector, whose starts are `stride` apart; its squared length."""
+    F, TAG = dtype, stamp()
+    TILE = 4096  # stays in the nearest cache
+
+    @kernel
+    def mean(vector: Any, first: int, stride: int, parts: int, out: Any) -> float:
+        per = F(1.0 / parts)
+        total = 0.0 * TAG
+        for start in range(0, len(out), TILE):
+            tile = out[start : start + TILE]
+            size = len(tile)
+            tile[:] = vector[first + start : first + start + size]
+            for part in range(1, parts):
+                begin = first + start + part * stride
+                other = vector[begin : begin + size]
+                for i in range(size):
+                    tile[i] += other[i]
+            for i in range(size):
+                tile[i] *= per
+                total += np.float64(tile[i]) * np.float64(tile[i])
+        return total
+
+    return mean

@@ -1,0 +1,128 @@
+"""An optimizer's steps on a loss whose minibatch is split over ranks.
+
+Ranks of one machine have the parameters, their gradients and the optimizer's memory in common: each sums up a part of
+the gradient and moves that part of the parameters, for all of them (the sharded data parallelism of Rajbhandari et al.
+2020, arXiv:1910.02054, where nothing needs to be sent). Other ranks exchange the gradient, and each moves them all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowvi.fit.adam import FlatAdam, FlatParameters
+from flowvi.fit.distributed import Ranks
+from flowvi.fit.rmsprop import FlatRMSprop
+from flowvi.kernels import dispatch
+
+__all__ = ["OPTIMIZERS", "Descent", "SharedDescent", "make_descent"]
+
+OPTIMIZERS: dict[str, type[FlatAdam] | type[FlatRMSprop]] = {"adam": FlatAdam, "rmsprop": FlatRMSprop}
+
+
+def make_descent(flat: FlatParameters, ranks: Ranks, optimizer: str, **options: Any) -> Descent:
+    """The quickest way there is for these ranks.
+
+    Args:
+        flat: the parameters, which get the values of rank 0, and may get other memory.
+        ranks: over which minibatches are split in equal shares.
+        optimizer: one of `OPTIMIZERS`.
+        **options: of the optimizer.
+    """
+    ranks.broadcast_(flat.vector)
+    own = 3  # the parameters and two moments, beside a gradient of each rank
+    shared = ranks.shared((own + ranks.world, flat.vector.numel()), flat.vector)
+    kind = OPTIMIZERS[optimizer]
+    return Descent(flat, ranks, kind, options) if shared is None else SharedDescent(flat, ranks, kind, options, shared)
+
+
+class Descent:
+    """Every rank has the whole gradient, and takes the whole step.
+
+    Args:
+        flat: the parameters, and this rank's gradient of its share.
+        ranks: the ranks.
+        kind: of the optimizer.
+        options: of the optimizer.
+
+    Attributes:
+        state: what the optimizer remembers, of all parameters: the two moments, and its `state`.
+    """
+
+    def __init__(
+        self, flat: FlatParameters, ranks: Ranks, kind: type[FlatAdam] | type[FlatRMSprop], options: dict[str, Any]
+    ) -> None:
+        self.flat, self.ranks = flat, ranks
+        self._optimizer = kind(flat.vector, flat.grad, **options)
+        self.state = [self._optimizer.mean, self._optimizer.square, self._optimizer.state]
+
+    def step(self, lr: float, elbo: Tensor) -> Tensor:
+        """One step of size `lr`, of which the gradient is in `flat`; a scalar like `elbo`, its mean over ranks.
+
+        No step is taken where that mean, or the gradient's, is not finite.
+        """
+        elbo = self.ranks.mean_(elbo.clone())
+        self.ranks.mean_(self.flat.grad)
+        self._optimizer.step(lr, elbo.isfinite())
+        return elbo
+
+    def forget(self) -> None:
+        """Start again from here."""
+        self._optimizer.forget()
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not taken."""
+        return self._optimizer.skipped
+
+
+class SharedDescent(Descent):
+    """Each rank takes the step of its part of the parameters, in memory that all of them have in common.
+
+    Args:
+        flat: the parameters; they move to that memory.
+        ranks: the ranks.
+        kind: of the optimizer.
+        options: of the optimizer.
+        shared: the memory (3 + world, P): parameters, two moments, and each rank's gradient.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParameters,
+        ranks: Ranks,
+        kind: type[FlatAdam] | type[FlatRMSprop],
+        options: dict[str, Any],
+        shared: Tensor,
+    ) -> None:
+        vector, mean, square, *grads = shared
+        flat.move(vector, grads[ranks.rank])
+        self.flat, self.ranks = flat, ranks
+        mine = ranks.share(len(vector))
+        self._grads, self._grad = shared[3:, mine], torch.empty_like(vector[mine])
+        self._optimizer = kind(vector[mine], self._grad, moments=(mean[mine], square[mine]), **options)
+        self.state = [mean, square, self._optimizer.state]
+        module = dispatch.compiled("training", self._grad)
+        self._kernel = None
+        if module is not None:
+            places = mine.start, len(vector), ranks.world
+            self._arguments = shared[3:].reshape(-1).numpy(), *places, self._grad.numpy()
+            self._kernel = module.make_mean(self._arguments[0].dtype.type)
+
+    def step(self, lr: float, elbo: Tensor) -> Tensor:
+        """See `Descent`."""
+        elbo = self.ranks.mean_(elbo.clone())  # after which all gradients are there
+        length = self.ranks.sum_(torch.tensor(self._mean(), dtype=torch.float64))  # after which all have been read
+        self._optimizer.step(lr, elbo.isfinite(), math.sqrt(length))
+        self.ranks.meet()  # after which all parameters are there
+        return elbo
+
+    def _mean(self) -> float:
+        """Fill this rank's part of the gradient; its squared length."""
+        if self._kernel is not None:
+            return self._kernel(*self._arguments)
+        torch.mean(self._grads, 0, out=self._grad)
+        return float(torch.linalg.vector_norm(self._grad, dtype=torch.float64).square())
