@@ -28,6 +28,26 @@ def one_plus_m(s: Any, softplus: bool) -> tuple[Any, Any, Any]:
 
 
 @helper()
+def weights(s: Any, square: Any, softplus: bool) -> tuple[Any, Any, Any]:
+    """Share, along and q with û = share u + along w and q = 1 + m, of a layer with s = w . u and square = |w|^2."""
+    size = FADE if square < FADE else np.float64(square)
+    fade = np.float64(square) / size
+    value, m_minus_s, _ = one_plus_m(s, softplus)
+    return fade, m_minus_s / size, (1.0 - fade) + fade * value
+
+
+@helper()
+def weights_backward(s: Any, square: Any, g_u: Any, g_w: Any, g_q: Any, softplus: bool) -> tuple[Any, Any]:
+    """What w . u and |w|^2 get where û gets a gradient with these products with u and w, and q gets g_q."""
+    size = FADE if square < FADE else np.float64(square)
+    fade = np.float64(square) / size
+    value, m_minus_s, slope = one_plus_m(s, softplus)
+    g_s = g_w * (slope - 1.0) / size + g_q * fade * slope
+    small = (g_u + g_q * (value - 1.0)) / FADE
+    return g_s, small if square < FADE else -np.float64(g_w) * m_minus_s / (size * size)
+
+
+@helper()
 def constrain(w: Any, u: Any, softplus: bool, u_hat: Any, q: Any) -> None:
     """Fill û (K, D) and q = 1 + m (K,) of the layers w, u (K, D)."""
     layers, dim = w.shape
@@ -36,13 +56,10 @@ def constrain(w: Any, u: Any, softplus: bool, u_hat: Any, q: Any) -> None:
         for d in range(dim):
             s += w[k, d] * u[k, d]
             square += w[k, d] * w[k, d]
-        size = FADE if square < FADE else np.float64(square)
-        fade = np.float64(square) / size
-        value, m_minus_s, _ = one_plus_m(s, softplus)
-        share, pull = w.dtype.type(fade), w.dtype.type(m_minus_s / size)
+        share, along, q[k] = weights(s, square, softplus)
+        by_u, by_w = w.dtype.type(share), w.dtype.type(along)
         for d in range(dim):
-            u_hat[k, d] = share * u[k, d] + pull * w[k, d]
-        q[k] = (1.0 - fade) + fade * value
+            u_hat[k, d] = by_u * u[k, d] + by_w * w[k, d]
 
 
 @helper()
@@ -60,16 +77,10 @@ def constrain_backward(g_u_hat: Any, g_q: Any, w: Any, u: Any, softplus: bool, g
             square += w[k, d] * w[k, d]
             g_pull += g_u_hat[k, d] * w[k, d]
             g_share += g_u_hat[k, d] * u[k, d]
-        size = FADE if square < FADE else np.float64(square)
-        fade = np.float64(square) / size
-        value, m_minus_s, slope = one_plus_m(s, softplus)
-        g_s = g_pull * (slope - 1.0) / size + g_q[k] * fade * slope
-        if square < FADE:
-            g_square = (g_share + g_q[k] * (value - 1.0)) / FADE
-        else:
-            g_square = -np.float64(g_pull) * m_minus_s / (size * size)
-        pull, along_u = w.dtype.type(m_minus_s / size), w.dtype.type(g_s)
-        share, along_w = w.dtype.type(fade), w.dtype.type(2.0 * g_square)
+        g_s, g_square = weights_backward(s, square, g_share, g_pull, g_q[k], softplus)
+        fade, pulled, _ = weights(s, square, softplus)
+        share, pull = w.dtype.type(fade), w.dtype.type(pulled)
+        along_u, along_w = w.dtype.type(g_s), w.dtype.type(2.0 * g_square)
         for d in range(dim):
             old = g_w[k, d] if start else zero
             g_w[k, d] = old + pull * g_u_hat[k, d] + along_u * u[k, d] + along_w * w[k, d]

@@ -1,8 +1,11 @@
-"""Planar stacks with layers of their own for every datum: particle by particle, the inner loops over D.
+"""Planar stacks with layers of their own for every datum: a few particles at a time, layer by layer.
 
 Arrays as in `planar` with N in front: x (N, S, D), w and u (N, K, D), b (N, K), log_det (N, S), t (N, K, S). A w of
 (1, K, D) is shared by all data.
-No two particles share much, so nothing is gained by tiles; D is contiguous and vectorizes.
+
+A particle's layers follow on each other, and each is a few products over D and thirty operations on single numbers that
+wait for them. So `ROWS` particles go through a layer together: their products don't wait for each other, and the single
+numbers are vectors over particles. û isn't written down: û = share u + along w enters by its two terms.
 """
 
 from __future__ import annotations
@@ -12,11 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from flowvi.kernels.compiled import threads
-from flowvi.kernels.compiled.constraint import constrain, constrain_backward
+from flowvi.kernels.compiled import planar_each_sum, threads
+from flowvi.kernels.compiled.constraint import weights, weights_backward
 from flowvi.kernels.compiled.jit import kernel, stamp
-from flowvi.kernels.compiled.planar_small import take_logs
 from flowvi.kernels.compiled.tanh import tanh
+
+ROWS = 16
+
+SMALL = 8_192
+"""Numbers of a datum's u up to which `ROWS` of them stay in the second cache, in the backward pass."""
+
+LOWEST, HIGHEST = 1e-30, 1e30
+"""A product of determinants within these is one in float32 too; the logarithm is taken before it can leave them."""
 
 
 @cache
@@ -29,46 +39,76 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
         y: Any, log_det: Any, out_score: Any, t: Any, start: int, stop: int,
     ) -> int:  # fmt: skip
         _, layers, dim = u.shape
-        u_hat, q = np.empty_like(u[0]), np.empty_like(b[0])
-        z, pull = np.empty(dim, F), np.empty(dim, F)
-        for n in range(start, stop):
-            row = n if w.shape[0] > 1 else 0
-            constrain(w[row], u[n], softplus, u_hat, q)
-            for i in range(x.shape[1]):
+        size, shared = x.shape[1], w.shape[0] == 1
+        z, pull = np.empty((ROWS, dim), F), np.empty((ROWS, dim), F)
+        one: Any = np.empty(ROWS, F)  # memory of its own for each vector, or loops over several wouldn't vectorize
+        s, square, a, q, v = one, np.empty_like(one), np.empty_like(one), np.empty_like(one), np.empty_like(one)
+        by_u, by_w, by_c = np.empty_like(one), np.empty_like(one), np.empty_like(one)
+        total, product, low, high = np.empty_like(one), np.empty_like(one), np.empty(ROWS), np.empty(ROWS)
+        data, places = np.empty(ROWS, np.uintp), np.empty(ROWS, np.uintp)
+        for first in range(start * size, stop * size, ROWS):
+            rows = min(ROWS, stop * size - first)
+            for j in range(rows):
+                n, i = divmod(first + j, size)
+                data[j], places[j] = n, i
+                total[j], product[j], low[j], high[j] = F(0), F(1), 1.0, 1.0
                 for d in range(dim):
-                    z[d] = x[n, i, d]
+                    z[j, d] = x[n, i, d]
                     if with_score:
-                        pull[d] = F(sign) * score[n, i, d]
-                total, product = F(0), F(1)
-                low, high = 1.0, 1.0
-                for k in range(layers):
-                    take, low, high = take_logs(q, k, low, high)
-                    if take:
-                        total += np.log(product)
-                        product = F(1)
-                    a, along = F(0), F(0)
+                        pull[j, d] = F(sign) * score[n, i, d]
+            for k in range(layers):
+                for j in range(rows):
+                    n = data[j]
+                    w_, u_, z_, pull_ = w[np.uintp(0) if shared else n, k], u[n, k], z[j], pull[j]
+                    wu, ww, wz, u_pull, w_pull = F(0), F(0), F(0), F(0), F(0)
                     for d in range(dim):
-                        a += w[row, k, d] * z[d]
+                        wu += w_[d] * u_[d]
+                        ww += w_[d] * w_[d]
+                        wz += w_[d] * z_[d]
                         if with_score:
-                            along += u_hat[k, d] * pull[d]
-                    v = tanh(a + b[n, k])
-                    h = F(1) - v * v
-                    det = v * v + h * q[k]
-                    product *= det
-                    t[n, k, i] = v
-                    c = F(0)
+                            u_pull += u_[d] * pull_[d]
+                            w_pull += w_[d] * pull_[d]
+                    s[j], square[j], a[j], by_u[j], by_w[j] = wu, ww, wz + b[n, k], u_pull, w_pull
+                if softplus:
+                    for j in range(rows):
+                        s[j], square[j], q[j] = weights(s[j], square[j], True)
+                else:
+                    for j in range(rows):
+                        s[j], square[j], q[j] = weights(s[j], square[j], False)
+                leaving = 0
+                for j in range(rows):
+                    low[j] *= min(1.0, np.float64(q[j]))
+                    high[j] *= max(1.0, np.float64(q[j]))
+                    leaving += 0 if low[j] > LOWEST and high[j] < HIGHEST else 1
+                if leaving:
+                    for j in range(rows):
+                        total[j] += np.log(product[j])
+                        product[j], low[j], high[j] = F(1), min(1.0, np.float64(q[j])), max(1.0, np.float64(q[j]))
+                for j in range(rows):
+                    v_ = tanh(a[j])
+                    h = F(1) - v_ * v_
+                    det = v_ * v_ + h * q[j]
+                    product[j] *= det
                     if with_score:
-                        per_det = F(1) / det
-                        c = (F(2) * v * h * (q[k] - F(1)) * per_det - h * along) * per_det
+                        per_det, along = F(1) / det, s[j] * by_u[j] + square[j] * by_w[j]
+                        by_c[j] = (F(2) * v_ * h * (q[j] - F(1)) * per_det - h * along) * per_det
+                    v[j], by_u[j], by_w[j] = v_, s[j] * v_, square[j] * v_
+                for j in range(rows):
+                    n, i = data[j], places[j]
+                    t[n, k, i] = v[j]
+                    w_, u_, z_, pull_ = w[np.uintp(0) if shared else n, k], u[n, k], z[j], pull[j]
+                    share, along, c = by_u[j], by_w[j], by_c[j]
                     for d in range(dim):
-                        z[d] += u_hat[k, d] * v
+                        z_[d] += share * u_[d] + along * w_[d]
                         if with_score:
-                            pull[d] += w[row, k, d] * c
-                log_det[n, i] = total + np.log(product)
+                            pull_[d] += c * w_[d]
+            for j in range(rows):
+                n, i = data[j], places[j]
+                log_det[n, i] = total[j] + np.log(product[j])
                 for d in range(dim):
-                    y[n, i, d] = z[d]
+                    y[n, i, d] = z[j, d]
                     if with_score:
-                        out_score[n, i, d] = pull[d]
+                        out_score[n, i, d] = pull[j, d]
         return TAG
 
     return forward
@@ -83,48 +123,90 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
         g_y: Any, g_log_det: Any, x: Any, w: Any, u: Any, b: Any, softplus: bool, t: Any,
         g_x: Any, g_w: Any, g_u: Any, g_b: Any, start: int, stop: int,
     ) -> int:  # fmt: skip
+        """Of one particle for each datum."""
         _, layers, dim = u.shape
-        u_hat, q = np.empty_like(u[0]), np.empty_like(b[0])
-        g_u_hat, g_q, g_a = np.empty_like(u[0]), np.empty_like(b[0]), np.empty_like(b[0])
-        z, g = np.empty(dim, F), np.empty(dim, F)
-        if w.shape[0] == 1:
+        shared = w.shape[0] == 1
+        g, z = np.empty((ROWS, dim), F), np.empty((ROWS, dim), F)
+        one: Any = np.empty(ROWS, F)
+        s, square, ug, wg, v = one, np.empty_like(one), np.empty_like(one), np.empty_like(one), np.empty_like(one)
+        share, along, q, g_q = np.empty_like(one), np.empty_like(one), np.empty_like(one), np.empty_like(one)
+        g_det, by_s, by_square = np.empty_like(one), np.empty_like(one), np.empty_like(one)
+        each: Any = np.empty((layers, ROWS), F)
+        mine = np.empty((ROWS, layers, dim), F)
+        by_a, by_u, by_w = each, np.empty_like(each), np.empty_like(each)
+        if shared:
             g_w[0] = F(0)
-        for n in range(start, stop):
-            row = n if w.shape[0] > 1 else 0
-            constrain(w[row], u[n], softplus, u_hat, q)
-            if w.shape[0] > 1:
-                g_w[row] = F(0)
-            g_b[n] = F(0)
-            g_u_hat[:] = F(0)
-            g_q[:] = F(0)
-            for i in range(x.shape[1]):
+        for first in range(start, stop, ROWS):
+            rows = min(ROWS, stop - first)
+            for j in range(rows):
+                n = np.uintp(first + j)
+                g_det[j] = g_log_det[n, 0] if with_log_det else F(0)
                 for d in range(dim):
-                    g[d] = g_y[n, i, d]
-                    z[d] = x[n, i, d]
-                for k in range(layers - 1, -1, -1):
-                    v = t[n, k, i]
-                    h = F(1) - v * v
-                    a = F(0)
-                    for d in range(dim):
-                        a += u_hat[k, d] * g[d]
-                    if with_log_det:
-                        ratio = g_log_det[n, i] / (v * v + h * q[k])
-                        a += F(2) * v * ratio * (F(1) - q[k])
-                        g_q[k] += h * ratio
-                    a *= h
-                    g_a[k] = a
-                    g_b[n, k] += a
-                    for d in range(dim):
-                        g_u_hat[k, d] += g[d] * v
-                        g[d] += w[row, k, d] * a
+                    g[j, d], z[j, d] = g_y[n, 0, d], x[n, 0, d]
+                # In one stream each, which the machine fetches ahead: layer by layer there would be one for each row.
                 for k in range(layers):
-                    v, a = t[n, k, i], g_a[k]
                     for d in range(dim):
-                        g_w[row, k, d] += a * z[d]
-                        z[d] += u_hat[k, d] * v
+                        mine[j, k, d] = u[n, k, d]
+                for k in range(layers):
+                    for d in range(dim):
+                        g_u[n, k, d] = F(0)
+            for k in range(layers - 1, -1, -1):
+                for j in range(rows):
+                    n = np.uintp(first + j)
+                    row = np.uintp(0) if shared else n
+                    wu, ww, along_u, along_w = F(0), F(0), F(0), F(0)
+                    for d in range(dim):
+                        wu += w[row, k, d] * mine[j, k, d]
+                        ww += w[row, k, d] * w[row, k, d]
+                        along_u += mine[j, k, d] * g[j, d]
+                        along_w += w[row, k, d] * g[j, d]
+                    s[j], square[j], ug[j], wg[j], v[j] = wu, ww, along_u, along_w, t[n, k, 0]
+                if softplus:
+                    for j in range(rows):
+                        share[j], along[j], q[j] = weights(s[j], square[j], True)
+                else:
+                    for j in range(rows):
+                        share[j], along[j], q[j] = weights(s[j], square[j], False)
+                for j in range(rows):
+                    h = F(1) - v[j] * v[j]
+                    ratio = g_det[j] / (v[j] * v[j] + h * q[j]) if with_log_det else F(0)
+                    by_a[k, j] = h * (share[j] * ug[j] + along[j] * wg[j] + F(2) * v[j] * ratio * (F(1) - q[j]))
+                    by_u[k, j], by_w[k, j] = share[j] * v[j], along[j] * v[j]
+                    ug[j], wg[j], g_q[j] = v[j] * ug[j], v[j] * wg[j], h * ratio
+                if softplus:
+                    for j in range(rows):
+                        by_s[j], by_square[j] = weights_backward(s[j], square[j], ug[j], wg[j], g_q[j], True)
+                else:
+                    for j in range(rows):
+                        by_s[j], by_square[j] = weights_backward(s[j], square[j], ug[j], wg[j], g_q[j], False)
+                for j in range(rows):
+                    n = np.uintp(first + j)
+                    row = np.uintp(0) if shared else n
+                    on_u, on_w, a, c_s, c_square = by_u[k, j], by_w[k, j], by_a[k, j], by_s[j], F(2) * by_square[j]
+                    g_b[n, k] = a
+                    if shared:
+                        for d in range(dim):
+                            g_w[row, k, d] += on_w * g[j, d] + c_s * mine[j, k, d] + c_square * w[row, k, d]
+                    else:
+                        for d in range(dim):
+                            g_w[row, k, d] = on_w * g[j, d] + c_s * mine[j, k, d] + c_square * w[row, k, d]
+                    for d in range(dim):
+                        g_u[n, k, d] = on_u * g[j, d] + c_s * w[row, k, d]
+                    for d in range(dim):
+                        g[j, d] += a * w[row, k, d]
+            for k in range(layers):
+                for j in range(rows):
+                    n = np.uintp(first + j)
+                    row = np.uintp(0) if shared else n
+                    on_u, on_w, a = by_u[k, j], by_w[k, j], by_a[k, j]
+                    for d in range(dim):
+                        g_w[row, k, d] += a * z[j, d]
+                    for d in range(dim):
+                        z[j, d] += on_u * mine[j, k, d] + on_w * w[row, k, d]
+            for j in range(rows):
+                n = np.uintp(first + j)
                 for d in range(dim):
-                    g_x[n, i, d] = g[d]
-            constrain_backward(g_u_hat, g_q, w[row], u[n], softplus, g_w[row], g_u[n], True)
+                    g_x[n, 0, d] = g[j, d]
         return TAG
 
     return backward
@@ -152,7 +234,9 @@ def backward(
     g_x: Any, g_w: Any, g_u: Any, g_b: Any,
 ) -> None:  # fmt: skip
     """Fill the gradients to x, w, u and b; g_log_det None counts as zero."""
-    kernel_ = _make_backward(w.dtype.type, g_log_det is not None)
+    together = x.shape[1] == 1 and u[0].size <= SMALL
+    make = _make_backward if together else planar_each_sum.make_backward
+    kernel_ = make(w.dtype.type, g_log_det is not None)
     weight = b if g_log_det is None else g_log_det  # b: a placeholder that isn't read
     args, parts = (g_y, weight, x, w, u, b, softplus, t, g_x), _parts(u, x.shape[1])
     if len(w) > 1 or len(parts) == 1:
