@@ -17,7 +17,7 @@ from flowvi.transforms import PlanarStack, RadialStack
 
 pytest.importorskip("numba")
 
-from flowvi.kernels.compiled import threads
+from flowvi.kernels.compiled import planar_each, threads
 
 F32, F64 = torch.float32, torch.float64
 OPS = torch.ops.flowvi
@@ -148,18 +148,75 @@ def test_a_particle_that_is_nan_stays_nan_and_spoils_no_other(family, dim, dtype
     assert found["gradient 1, log-det True"].isnan().any()  # what depends on it says so
 
 
+OWN = [1, 3, 40]
+"""Particles of each datum: one, a few, and so many that each datum's stack goes through the kernels of a shared one."""
+
+
 @pytest.mark.parametrize("family", CASES)
-@pytest.mark.parametrize("size", [1, 40])  # particle by particle, and the kernels of a shared stack for each datum
+@pytest.mark.parametrize("size", OWN)
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_layers_of_each_datums_own(family, size, dtype):
-    case = CASES[family](3, size, 4, dtype, front=(6,))
-    found = results(family, case)
-    with kernels.use("torch"):
-        expected = results(family, case)
-        one = results(family, tuple(a[2] for a in case))
+    case = CASES[family](3, size, 4, dtype, front=(37,))
     tolerance = 1e-9 if dtype == F64 else 1e-4
-    agree(found, expected, tolerance)
-    agree({"y": found["y"][2], "log_det": found["log_det"][2]}, {n: one[n] for n in ("y", "log_det")}, tolerance)
+    for constraint in planar.CONSTRAINTS if family == "planar" else ("",):
+        found = results(family, case, constraint=constraint)
+        with kernels.use("torch"):
+            expected = results(family, case, constraint=constraint)
+            one = results(family, tuple(a[20] for a in case), constraint=constraint)
+        agree(found, expected, tolerance)
+        agree({"y": found["y"][20], "log_det": found["log_det"][20]}, {n: one[n] for n in ("y", "log_det")}, tolerance)
+
+
+def test_so_many_layers_of_each_datums_own_that_few_data_fit_the_cache():
+    case = planar_case(120, 1, 70, F64, front=(18,))
+    assert case[1][0].numel() > planar_each.SMALL
+    found = results("planar", case)
+    with kernels.use("torch"):
+        agree(found, results("planar", case), 1e-9)
+
+
+@pytest.mark.parametrize("size", OWN)
+@pytest.mark.parametrize("dim", [2, 12])
+def test_log_determinants_of_each_datums_own_layers_do_not_overflow(size, dim):
+    # Strong layers beside weak ones: only some of the particles that go together leave the range of float32.
+    x, w, _, b = planar_case(dim, size, 60, F32, front=(21,))
+    w, b, x = w / w.norm(dim=-1, keepdim=True), b * 0, x * 0
+    strength = torch.linspace(-30, 30, 21).reshape(-1, 1, 1)
+    found = kernels.planar_stack(x, w, strength * w, b, "squareplus")[1]
+    with kernels.use("torch"):
+        expected = kernels.planar_stack(x.double(), w.double(), (strength * w).double(), b.double(), "squareplus")[1]
+    assert expected.min() < -100
+    assert expected.max() > 100
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("size", OWN)
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_extreme_layers_of_each_datums_own_stay_finite(family, size, dtype):
+    for _ in range(20):
+        case = CASES[family](5, size, 1, dtype, wild=True, front=(20,))
+        found = results(family, case)
+        with kernels.use("torch"):
+            expected = results(family, tuple(a.double() for a in case))
+        for name, value in found.items():
+            assert torch.isfinite(value).all(), name
+        if dtype == F64:
+            agree({n: found[n] for n in ("y", "log_det")}, {n: expected[n] for n in ("y", "log_det")}, 1e-9)
+
+
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("size", OWN)
+def test_a_datum_that_is_nan_spoils_no_other(family, size):
+    case = CASES[family](5, size, 4, F32, front=(20,))
+    clean = results(family, case)
+    case[0][7] = torch.nan
+    found = results(family, case)
+    others = [i for i in range(20) if i != 7]
+    for name, value in clean.items():
+        assert torch.allclose(found[name][others], value[others], rtol=1e-4, atol=1e-4), name
+    for name in ("y", "log_det", "score", "x of y", "kept", "gradient 1, log-det True"):
+        assert found[name][7].isnan().any(), name
 
 
 def one_direction(front, size, layers, dim, dtype):
