@@ -14,6 +14,7 @@ from flowvi.fit.adam import FlatParameters
 from flowvi.fit.distributed import ALONE, Ranks, Split
 from flowvi.flow import Flow
 from flowvi.kernels import dispatch
+from flowvi.kernels.step import Arrays
 from flowvi.objectives import BALANCE, BALANCE_FALL, ELBO, BalancedELBO, CoveringELBO, Target
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -132,6 +133,7 @@ class FusedStep:
             self._out = self._g_z.numpy(), self._g_log_q.numpy(), np.zeros(2)
             dtype = self._out[0].dtype.type
             self._base, self._cotangents = module.make_base(dtype), module.make_cotangents(dtype)
+            self._arrays = Arrays()
 
     def __call__(self, beta: float, generator: torch.Generator) -> tuple[Tensor | float, Tensor | float]:
         """See `Step`."""
@@ -170,12 +172,12 @@ class FusedStep:
             g_z, g_log_q, valid = self.objective.cotangents(log_q, log_p, grad, score, beta)
             finite = valid.sum()
             return g_z, g_log_q, finite, torch.where(valid, log_p - log_q, 0.0).sum() / finite
-        pull = grad.contiguous().numpy()
+        pull = self._arrays("grad", grad)
         self._cotangents(
             self._all_log_q,
-            log_p.contiguous().numpy(),
+            self._arrays("log_p", log_p),
             pull,
-            pull if score is None else score.contiguous().numpy(),
+            pull if score is None else self._arrays("score", score),
             beta,
             self._kind,
             BALANCE,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowvi.kernels import dispatch
+from flowvi.kernels.step import Arrays
 
 MAX_COMPILED_DIM = 12
 """Largest D at which plain loops beat the matrix products of torch, for a full matrix."""
@@ -52,19 +53,20 @@ class AffineStep:
                 unread = arrays[0].reshape(-1, 1)
                 self._shared = (arrays[0], arrays[1], arrays[2] if full else unread, full)
                 self._memory = (memory[0], memory[1], memory[2] if full else unread)
-                self._arrays = tuple(a.numpy() for a in (self._z, self._score, self._g_x, self._log_det))
+                self._own = tuple(a.numpy() for a in (self._z, self._score, self._g_x, self._log_det))
+                self._arrays = Arrays()
 
     def forward(self, x: Tensor, score: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Z (S, D), log|det dz/dx| (S,) and the score at z, from x and the score at x (None: -x)."""
         self._x = x
-        loc, log_scale = self.params[:2]
         start = score if score is not None else -x
         if self._kernels is not None:
-            z, out, _, _ = self._arrays
-            self._kernels[0](x.numpy(), start.numpy(), *self._shared, z, out)
-            return self._z, log_scale.sum().expand(len(x)), self._score if self.with_score else None
-        inner = x
-        log_det = log_scale.sum()
+            z, out, _, volume = self._own
+            self._kernels[0](self._arrays("x", x), self._arrays("score", start), *self._shared, z, out, volume)
+            return self._z, self._log_det, self._score if self.with_score else None
+        loc, log_scale = self.params[:2]
+        inner: Tensor = x
+        log_det: Tensor = log_scale.sum()
         if self.kind == "full":
             inner = x + x @ torch.tril(self.params[2], -1).mT
         elif self.kind == "low_rank":
@@ -91,12 +93,10 @@ class AffineStep:
         """The cotangent of x (S, D) from those of z (S, D) and log|det| (S,); fills the parameters' gradients."""
         x = self._x
         if self._kernels is not None:
-            z, _, g_x, weight = self._arrays
-            if g_log_det is not None:
-                weight = g_log_det.numpy()
-            self._kernels[1](
-                g_z.numpy(), x.numpy(), z, *self._shared, weight, g_log_det is not None, g_x, *self._memory
-            )
+            z, _, g_x, unread = self._own
+            weight = unread if g_log_det is None else self._arrays("g_log_det", g_log_det)
+            given = self._arrays("g_z", g_z), self._arrays("x", x)
+            self._kernels[1](*given, z, *self._shared, weight, g_log_det is not None, g_x, *self._memory)
             return self._g_x
         g_loc, g_log_scale, *rest = self.grads
         torch.sum(g_z, 0, out=g_loc)

@@ -14,6 +14,8 @@ The contract:
 - `backward` overwrites the gradients; it doesn't add to them. It belongs to the last `forward`, and the
   parameters and that forward's x must be unchanged since.
 - The tensors that `forward` and `backward` return are the step's own and are overwritten by its next call.
+- x, score, g_z and g_log_det are read where they lie; a tensor that comes again is not asked where that is, so it must
+  keep its storage.
 - x, score, g_z are (S, D), S being `num_particles`; others than contiguous ones are copied. `score` is the
   score at x, d log q(x)/dx; None means x ~ N(0, I), whose score is -x. Steps chain: z and score of one are x
   and score of the next, and g_x of the next is g_z of this one.
@@ -34,6 +36,26 @@ from flowvi.kernels import dispatch, planar, radial
 
 def _array(a: Tensor | None) -> Any:
     return None if a is None else a.detach().contiguous().numpy()
+
+
+class Arrays:
+    """Tensors' memory as numpy arrays, each made once for a tensor that comes again, as in a training loop.
+
+    To make one costs as much as most of what a step does for a few hundred particles.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Tensor, Any]] = {}
+
+    def __call__(self, role: str, a: Tensor | None) -> Any:
+        """The array of a tensor that is always given in this role."""
+        kept = self._kept.get(role)
+        if kept is not None and kept[0] is a:
+            return kept[1]
+        array = _array(a)
+        if a is not None and a.is_contiguous():  # else the array is a copy
+            self._kept[role] = a, array
+        return array
 
 
 class _Step:
@@ -69,7 +91,7 @@ class _Step:
         self._kept = first.new_empty(layers, num_particles)  # t or r
         self._score = torch.empty_like(self._z) if with_score else None
         self._x: Any = None
-        self._impl = None
+        self._impl, self._arrays = None, Arrays()
         if all(a.is_contiguous() for a in (*self.params, *self.grads)):
             self._impl = dispatch.compiled(family, *self.params, self._z)
         if self._impl is not None:
@@ -85,8 +107,8 @@ class _Step:
             score: d log q(x)/dx, (S, D); None means that x is standard normal.
         """
         if self._impl is not None:
-            self._x = _array(x)
-            start, sign = (self._x, -1.0) if score is None else (_array(score), 1.0)
+            self._x = self._arrays("x", x)
+            start, sign = (self._x, -1.0) if score is None else (self._arrays("score", score), 1.0)
             self._impl.forward(self._x, start, sign, *self._shared, *self._out)
             return self._z, self._log_det, self._score
         with torch.no_grad():
@@ -104,7 +126,8 @@ class _Step:
             g_log_det: that of log|det|, (S,); None, as for the path gradient, counts as zero and costs less.
         """
         if self._impl is not None:
-            self._impl.backward(_array(g_z), _array(g_log_det), self._x, *self._shared, *self._back)
+            pull = self._arrays("g_z", g_z), self._arrays("g_log_det", g_log_det)
+            self._impl.backward(*pull, self._x, *self._shared, *self._back)
             return self._g_x
         with torch.no_grad():
             g_x, *grads = self._torch_backward(g_z, g_log_det)

@@ -134,15 +134,16 @@ class PlainDensity(LogDensity):
         """Value and gradient by the energy's own `log_density_and_grad`."""
         with torch.no_grad():
             found = self._call(function, z)
-        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in _items(found)]
-        expected = [(len(z),), tuple(z.shape)]
-        if shapes != expected:
-            raise DimensionError(
-                f"log_density_and_grad of {self.name} returned {shapes} for z of shape {tuple(z.shape)}, expected "
-                f"{expected}: log p (S,) and its gradient (S, D)"
-            )
-        value, grad = found
-        return value, grad
+        items = _items(found)
+        if len(items) == 2 and all(isinstance(t, Tensor) for t in items):
+            value, grad = items
+            if grad.shape == z.shape and value.shape == z.shape[:1]:
+                return value, grad
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in items]
+        raise DimensionError(
+            f"log_density_and_grad of {self.name} returned {shapes} for z of shape {tuple(z.shape)}, expected "
+            f"{[(len(z),), tuple(z.shape)]}: log p (S,) and its gradient (S, D)"
+        )
 
     def _by_autograd(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():

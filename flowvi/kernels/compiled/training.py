@@ -104,10 +104,16 @@ def make_affine(dtype: type) -> tuple[Any, Any]:
     F, TAG = dtype, stamp()
 
     @kernel
-    def forward(x: Any, score: Any, loc: Any, log_scale: Any, lower: Any, full: bool, z: Any, out: Any) -> int:
+    def forward(
+        x: Any, score: Any, loc: Any, log_scale: Any, lower: Any, full: bool, z: Any, out: Any, log_det: Any
+    ) -> int:
         size, dim = x.shape
         scale, per = np.exp(log_scale), np.exp(-log_scale)
+        volume = F(0)
+        for d in range(dim):
+            volume += log_scale[d]
         for i in range(size):
+            log_det[i] = volume
             for d in range(dim):
                 total = x[i, d]
                 if full:
