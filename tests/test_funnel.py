@@ -98,7 +98,7 @@ def test_a_grown_flow_is_the_same_density():
 def test_fit_finds_a_funnel(order):
     energy = flowvi.energies.Funnel(10)
     last = order == "scale last"
-    khats = []
+    khats, covered = [], []
     for seed in range(3):
         posterior = flowvi.fit(
             lambda z: -energy(z.flip(-1) if last else z), dim=10, seed=seed, time_limit=30, verify=False, progress=False
@@ -108,5 +108,6 @@ def test_fit_finds_a_funnel(order):
         assert "with a funnel" in repr(posterior)
         assert abs(float(v.std()) - 3) < 0.1  # about .5 with a Gaussian, 2 with planar layers alone
         khats.append(posterior.diagnose(40_000, hmc=False).khat)
+        covered.append(any(c["covering"] for c in posterior.config["rounds"]))
     assert sorted(khats)[1] < 0.7  # .54 to .82 over twelve fits, half of them below .65
-    assert any(c["covering"] for c in posterior.config["rounds"])
+    assert any(covered)
