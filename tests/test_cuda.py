@@ -9,6 +9,7 @@ import torch
 
 import flowvi
 from flowvi.fit.adam import FlatAdam, FlatParameters
+from flowvi.fit.replay import make_update
 from flowvi.fit.steps import make_step
 
 pytestmark = [
@@ -61,6 +62,26 @@ def test_the_loop_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
         flat.release()
+
+
+@pytest.mark.parametrize("name", ["planar", "radial", "real_nvp"])
+def test_a_replayed_fit_is_the_fit(name):
+    found = []
+    for record in (None, refused):
+        torch.manual_seed(0)
+        flow = flowvi.Flow.from_spec(flowvi.FlowSpec(name, 2, 8), device="cuda")
+        target = flowvi.as_density(flowvi.energies.U2(), device="cuda")
+        flat = FlatParameters(flow.module)
+        step, adam = make_step(flow, target, flowvi.ELBO(256), flat), FlatAdam(flat.vector, flat.grad)
+        update = make_update(step, adam, torch.Generator("cuda").manual_seed(0), record=record)
+        found.append((update.recorded, torch.stack([update(1.0, 1e-3)[1].clone() for _ in range(20)])))
+        flat.release()
+    assert [recorded for recorded, _ in found] == [True, False]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-2, atol=1e-2)
+
+
+def refused(function, generator):
+    raise RuntimeError
 
 
 def test_fit_on_the_gpu():

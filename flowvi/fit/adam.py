@@ -102,10 +102,20 @@ class FlatMoments:
         """Steps that were not taken."""
         return int(self.state[2])
 
-    def _length(self, length: float) -> Tensor:
-        if length < 0:
-            return torch.linalg.vector_norm(self.grad, dtype=torch.float64)
-        return self.state.new_tensor(length)
+    def _cut(self, length: float, usable: Tensor | bool) -> tuple[Tensor, Tensor]:
+        """The gradient, cut, and 1 where a step is to be taken; else 0 and 0. Counts, without waiting for a number."""
+        taken, typical, skipped = self.state.unbind()
+        whole = length < 0
+        norm = torch.linalg.vector_norm(self.grad, dtype=torch.float64) if whole else self.state.new_tensor(length)
+        ok = torch.isfinite(norm) & usable
+        typical_ = torch.where(taken > 0, typical, norm)
+        cut = torch.minimum(norm, CLIP * typical_)
+        factor = torch.where(norm > 0, cut / norm, 1.0)
+        g = torch.where(ok, self.grad * factor.to(self.grad), 0.0)
+        skipped += ~ok
+        taken += ok
+        typical.copy_(torch.where(ok, KEEP * typical_ + (1 - KEEP) * cut, typical))
+        return g, ok.to(g)
 
     def forget(self) -> None:
         """Start again from here: without moments, but with the number of steps skipped."""
@@ -136,7 +146,7 @@ class FlatAdam(FlatMoments):
             self._arrays = arrays
             self._kernel = module.make_adam(arrays[0].dtype.type)
 
-    def step(self, lr: float, usable: Tensor | bool = True, length: float = -1.0) -> None:
+    def step(self, lr: float | Tensor, usable: Tensor | bool = True, length: float = -1.0) -> None:
         """One step of size `lr`, unless the gradient is not finite or `usable` is false.
 
         Args:
@@ -147,20 +157,11 @@ class FlatAdam(FlatMoments):
         if self._kernel is not None:
             self._kernel(*self._arrays, lr, CLIP, KEEP, BETA1, self.beta2, EPS, bool(usable), length)
             return
-        taken, typical, skipped = self.state.unbind()
-        norm = self._length(length)
-        ok = torch.isfinite(norm) & usable
-        typical_ = torch.where(taken > 0, typical, norm)
-        cut = torch.minimum(norm, CLIP * typical_)
-        factor = torch.where(norm > 0, cut / norm, 1.0)
-        g = torch.where(ok, self.grad * factor.to(self.grad), 0.0)
-        skipped += ~ok
-        taken += ok
-        typical.copy_(torch.where(ok, KEEP * typical_ + (1 - KEEP) * cut, typical))
+        g, taking = self._cut(length, usable)
+        taken = self.state[0]
         # A step that is not taken leaves the moments as they are: the weights of old and new become 1 and 0.
-        okf = ok.to(g)
-        self.mean.lerp_(g, (1 - BETA1) * okf)
-        self.square.mul_(1 - (1 - self.beta2) * okf).add_((1 - self.beta2) * g * g)
-        size = okf * (lr / (1 - BETA1 ** taken.clamp_min(1))).to(g)
+        self.mean.lerp_(g, (1 - BETA1) * taking)
+        self.square.mul_(1 - (1 - self.beta2) * taking).add_((1 - self.beta2) * g * g)
+        size = taking * (lr / (1 - BETA1 ** taken.clamp_min(1))).to(g)
         root = torch.sqrt(1 - self.beta2 ** taken.clamp_min(1)).to(g)
         self.vector.sub_(size * self.mean / (self.square.sqrt() / root + EPS))

@@ -163,7 +163,7 @@ class Trial:
             "lr": self.plan.lr,
             "anneal": repr(objective.anneal) if min(record.beta, default=1.0) < 1 else None,
             "gradient": objective.gradient,
-            "step": "without a tape" if record.fused else "by autograd",
+            "step": ("without a tape" if record.fused else "by autograd") + (", replayed" if record.recorded else ""),
             "compile": _words(compiled),
             "rounds": as_plain(self.checks),
         }

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.checkpoint import Checkpoint, whole_steps
 from flowvi.fit.distributed import ALONE, Ranks
+from flowvi.fit.replay import make_update
 from flowvi.fit.steps import make_step
 from flowvi.flow import Flow
 from flowvi.objectives import ELBO, Target
@@ -58,6 +59,7 @@ class Record:
         seconds: wall-clock time in the loop.
         stopped: why it ended: "finished" or "interrupted".
         fused: whether the steps had no tape.
+        recorded: whether they were replayed from a recording (CUDA graphs).
     """
 
     elbo: Tensor
@@ -67,6 +69,7 @@ class Record:
     seconds: float = 0.0
     stopped: str = "finished"
     fused: bool = False
+    recorded: bool = False
 
     def extend(self, later: Record) -> None:
         """Add what another loop saw after this one."""
@@ -75,7 +78,7 @@ class Record:
         self.skipped_steps += later.skipped_steps
         self.nonfinite_particles += later.nonfinite_particles
         self.seconds += later.seconds
-        self.fused = later.fused
+        self.fused, self.recorded = later.fused, later.recorded
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain data."""
@@ -123,9 +126,10 @@ def optimize(
     ranks.broadcast_(flat.vector)
     adam = FlatAdam(flat.vector, flat.grad)
     one_step = make_step(flow, target, objective, flat, ranks)
+    update = make_update(one_step, adam, generator)
     elbo = torch.full((schedule.num_steps,), math.nan, dtype=torch.float64, device=flat.vector.device)
     num_valid = torch.full_like(elbo, objective.num_particles)
-    record = Record(elbo=elbo, fused=one_step.fused)
+    record = Record(elbo=elbo, fused=one_step.fused, recorded=update.recorded)
     start = time.perf_counter()
     first = 0
 
@@ -162,10 +166,8 @@ def optimize(
         with whole_steps(checkpoint is not None) as ctrl_c:
             for step in range(first, schedule.num_steps):
                 beta = objective.beta(step)
-                num, value = one_step(beta, generator)
-                num_valid[step], elbo[step] = num, value
+                num_valid[step], elbo[step] = update(beta, schedule.lr_at(step))
                 record.beta.append(beta)
-                adam.step(schedule.lr_at(step), num > 0)
                 if step % 20 == 19 and not bar.disable:
                     bar.update(20)
                     mean = float(elbo[max(0, step - 99) : step + 1].nanmean())
@@ -217,6 +219,8 @@ def seconds_per_step(
         for _ in range(num_steps):
             start = time.perf_counter()
             one_step(1.0, generator)
+            if flat.vector.device.type == "cuda":
+                torch.cuda.synchronize(flat.vector.device)  # else it would be what a launch costs
             times.append(time.perf_counter() - start)
     finally:
         flat.release()
