@@ -114,17 +114,21 @@ def make_affine(dtype: type) -> tuple[Any, Any]:
             volume += log_scale[d]
         for i in range(size):
             log_det[i] = volume
+            if not full:
+                for d in range(dim):
+                    z[i, d] = loc[d] + scale[d] * x[i, d]
+                for d in range(dim):
+                    out[i, d] = per[d] * score[i, d]
+                continue
             for d in range(dim):
                 total = x[i, d]
-                if full:
-                    for j in range(d):
-                        total += lower[d, j] * x[i, j]
+                for j in range(d):
+                    total += lower[d, j] * x[i, j]
                 z[i, d] = loc[d] + scale[d] * total
             for d in range(dim - 1, -1, -1):  # (I + N)^T out = score, from the last row up
                 total = score[i, d]
-                if full:
-                    for j in range(d + 1, dim):
-                        total -= lower[j, d] * out[i, j]
+                for j in range(d + 1, dim):
+                    total -= lower[j, d] * out[i, j]
                 out[i, d] = total
             for d in range(dim):
                 out[i, d] *= per[d]
