@@ -211,6 +211,7 @@ def run_mnist(  # noqa: D103 (its help is above)
     updates: Annotated[
         int | None, typer.Option(min=1, help="Of each fit.", show_default="32,000 (tuned), 500,000 (paper)")
     ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step; ranks share them.")] = 100,
     num_flows: Annotated[
         list[int] | None, typer.Option(help="A length K, again for more.", show_default="0, 10, 20, 40, 80")
     ] = None,
@@ -228,6 +229,7 @@ def run_mnist(  # noqa: D103 (its help is above)
             chosen,
             config=config,
             updates=updates or chosen.updates,
+            batch_size=batch_size,
             lengths=() if nice else lengths,
             nice=tuple(k for k in lengths if k) if nice else (),
             binarization="dynamic" if dynamic else "static",

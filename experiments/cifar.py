@@ -114,7 +114,7 @@ def run(
         f"{like.data}; other images give the test patches. Pixels are (v + u) / 256 with u uniform on (0, 1).",
         f"{like.latent_dim} latents, {like.hidden} maxout units with window 4, logit-normal likelihood; "
         f"the layers' parameters are {dlgm_runs.given_by(training)}; "
-        f"{training.updates:,} updates with batches of 100, {training.optimizer} {training.lr:g} "
+        f"{training.updates:,} updates with batches of {training.batch_size}, {training.optimizer} {training.lr:g} "
         f"({training.lr_schedule}), the same for every K.",
         f"F = -ELBO, and -log p by {like.num_samples} importance samples, on {like.num_test:,} patches: of the density "
         f"of the pixels on (0, 1), nats, ± one standard error over the patches. Lower is better. Differences to K = 0 "

@@ -32,7 +32,7 @@ class Training:
     """How a model is learnt; all lengths of flows get the same.
 
     Attributes:
-        updates: steps, batches of 100.
+        updates: steps.
         lr: of the optimizer.
         optimizer: "adam" or "rmsprop" (momentum .9).
         lr_schedule: "cosine" or "constant".
@@ -40,6 +40,7 @@ class Training:
         path: the path gradient, or the standard one.
         neck: hidden units between the encoder's features and the layers' parameters; 0 is linear.
         shared_directions: whether planar layers have directions that all images share.
+        batch_size: images of a step.
     """
 
     updates: int
@@ -50,6 +51,7 @@ class Training:
     path: bool
     neck: int
     shared_directions: bool
+    batch_size: int = 100
 
 
 PAPER = Training(500_000, 1e-5, "rmsprop", "constant", True, False, 0, False)
@@ -139,6 +141,7 @@ def run_case(case: Case, images: Images, out: Path, *, resume: bool, progress: b
         flow=case.flow,
         num_flows=case.K,
         num_steps=training.updates,
+        batch_size=training.batch_size,
         lr=training.lr,
         lr_schedule=training.lr_schedule,
         optimizer=training.optimizer,

@@ -63,6 +63,7 @@ class Config:
         seed: of everything random.
         config: "paper" or "tuned"; see `dlgm_runs.CONFIGS`.
         updates: in place of the configuration's.
+        batch_size: images of a step.
         lengths: of planar flows, to run now.
         nice: of NICE flows, to run now.
         binarization: "static" or "dynamic".
@@ -75,6 +76,7 @@ class Config:
     seed: int = 0
     config: str = "tuned"
     updates: int | None = None
+    batch_size: int = 100
     lengths: tuple[int, ...] = LENGTHS
     nice: tuple[int, ...] = ()
     binarization: str = "static"
@@ -99,7 +101,7 @@ class Config:
     def case(self, images: Images, flow: str, length: int) -> Case:
         """A row's."""
         chosen = CONFIGS[self.config]
-        training = replace(chosen, updates=self.updates or chosen.updates)
+        training = replace(chosen, updates=self.updates or chosen.updates, batch_size=self.batch_size)
         return Case(
             data=images.words,
             flow=flow,
@@ -193,7 +195,7 @@ def _notes(like: Case) -> list[str]:
         f"{like.data}. Never compare absolute values across binarizations.",
         f"{like.latent_dim} latents, {like.hidden} maxout units with window {like.window} in the generative network "
         f"and in the encoder; the layers' parameters are {dlgm_runs.given_by(training)}.",
-        f"{training.updates:,} updates with batches of 100, {training.optimizer} {training.lr:g} "
+        f"{training.updates:,} updates with batches of {training.batch_size}, {training.optimizer} {training.lr:g} "
         f"({training.lr_schedule}), {how}, {'annealed by eq. 20' if training.anneal else 'not annealed'}; the same for "
         f"every K. The parameters with the best ELBO on held-out images are kept.",
         f"F = -ELBO, and -log p by {like.num_samples} importance samples, on {like.num_test:,} shuffled test images; "

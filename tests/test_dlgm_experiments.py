@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -12,6 +13,7 @@ import torch
 
 pytest.importorskip("matplotlib", reason="the experiments draw with matplotlib: pip install 'flowvi[experiments]'")
 
+import flowvi
 from experiments import cifar, dlgm_runs, images, mnist
 from flowvi.errors import FlowVIError, OptionError
 
@@ -42,6 +44,21 @@ def test_rows_tables_and_resuming(tmp_path):
     # rows of another number of updates are no part of a table
     other = mnist.Config(**{**vars(CONFIG), "updates": 20, "lengths": (0,), "nice": ()})
     assert len(mnist.run(other, tmp_path, progress=False, images=synthetic).rows) == 1
+
+
+def test_the_batch_size_is_that_of_the_fit_and_of_the_row(tmp_path, monkeypatch):
+    fit, sizes = flowvi.fit, []
+
+    def watched(*args, **kwargs):
+        sizes.append(kwargs["batch_size"])
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(flowvi, "fit", watched)
+    for size in (100, 50):
+        config = dataclasses.replace(CONFIG, lengths=(0,), nice=(), batch_size=size)
+        report = mnist.run(config, tmp_path, resume=True, progress=False, images=synthetic)
+        assert any(f"batches of {size}," in note for note in report.notes)
+    assert sizes == [100, 50]  # a row with another size is not taken for this one
 
 
 def test_the_same_seed_gives_the_same_row(tmp_path):
