@@ -325,8 +325,7 @@ def _maximize(
                 seen += torch.stack([torch.where(finite, elbo, 0.0), finite]).to(seen)
                 record.steps = t + 1
                 if (t + 1) % every == 0 or t + 1 == schedule.num_steps:
-                    value = math.nan if held is None else _score(step, held.at(torch.arange(walk.checked)), walk, seed)
-                    value = ranks.same(value)
+                    value = math.nan if held is None else _score(step, held, walk, seed, ranks)
                     record.checks.append((t + 1, float(seen[0] / seen[1]), value, lr, beta))
                     seen.zero_()
                     record.waited += 1
@@ -365,14 +364,18 @@ def _maximize(
 
 
 @torch.no_grad()
-def _score(step: AmortizedStep, held: Batches, walk: Settings, seed: int) -> float:
-    """The mean ELBO of held-out rows, from the same random numbers at every check; -inf where it is not finite."""
-    total, size = 0.0, 5 * walk.batch_size
-    with kept(seed):
-        for first in range(0, len(held), size):
-            rows = slice(first, min(first + size, len(held)))
-            total += float(step(held.get(rows)).elbo) * (rows.stop - rows.start)
-    return total / len(held) if math.isfinite(total) else -math.inf
+def _score(step: AmortizedStep, held: Batches, walk: Settings, seed: int, ranks: Ranks) -> float:
+    """The mean ELBO of held-out rows, from the same random numbers at every check; -inf where it is not finite.
+
+    Each rank scores its share of the rows.
+    """
+    rows, total, size = ranks.share(walk.checked), 0.0, 5 * walk.batch_size
+    with kept(seed + ranks.rank):
+        for first in range(rows.start, rows.stop, size):
+            part = slice(first, min(first + size, rows.stop))
+            total += float(step(held.get(part)).elbo) * (part.stop - part.start)
+    total = float(ranks.sum_(torch.tensor(total, dtype=torch.float64)))
+    return total / walk.checked if math.isfinite(total) else -math.inf
 
 
 def _show(bar: Any, record: Record) -> None:
