@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import flowvi
-from flowvi.errors import OptionError
-from flowvi.fit import host_memory
+from flowvi.errors import OptionError, RankLostError
+from flowvi.fit import distributed, host_memory
 from flowvi.fit.distributed import ALONE, TIMEOUT_NAME, VARIABLES, Ranks, _timeout, local_device
 from flowvi.fit.host_memory import SWITCH, HostMemory
 from tests import ranks_program
@@ -253,6 +253,21 @@ def test_a_rank_waits_in_common_memory_only_while_the_other_lives(monkeypatch):
         memory.sum_(torch.ones(3))
     memory.close()
     memory.close()
+
+
+@shares_memory
+def test_an_interrupted_sum_leaves_the_others(monkeypatch):
+    # Else this rank would have come once more than the others, and what they sum later would be wrong.
+    memory = alone_of_two()
+    ranks = Ranks(0, 2, memory=memory)
+    monkeypatch.setattr(distributed, "_joined", (None, ranks))
+    monkeypatch.setattr(HostMemory, "_wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ranks.sum_(torch.ones(3))
+    assert ranks._memory is None
+    assert memory._locks is None
+    with pytest.raises(RankLostError, match="left"):
+        ranks.meet()
 
 
 def no_room(file, first, size):

@@ -171,6 +171,17 @@ def test_tracers_go_through():
     assert torch.allclose(found[4], planar_stack(x, many[4], *params[1:], "squareplus")[0])
 
 
+def test_layers_of_each_datums_own_are_traced_with_symbolic_sizes():
+    x, w, u, b = (torch.randn(*size, dtype=F64) for size in ((4, 6, 2), (3, 2), (4, 3, 2), (4, 3)))
+
+    def loss(x, w, u, b):
+        y, log_det, _ = planar_stack(x, w, u, b, "squareplus")
+        return y.square().sum() + log_det.sum()
+
+    traced = make_fx(loss, tracing_mode="symbolic")(x, w, u, b)
+    assert torch.allclose(traced(x, w, u, b), loss(x, w, u, b))
+
+
 def test_a_second_derivative_raises_instead_of_being_wrong():
     x, params = torch.randn(5, 2, dtype=F64, requires_grad=True), planar_parameters(3, 2)
     y, _, _ = planar_stack(x, *params, "squareplus")

@@ -356,6 +356,7 @@ def _maximize(
             checkpoint.keep(LOOP, None)
         bar.close()
         with torch.no_grad():
+            flat.move(torch.empty_like(best), torch.empty_like(best))  # others may still read what ranks have in common
             flat.vector.copy_(best)
         flat.release()
     record.skipped_steps = descent.skipped

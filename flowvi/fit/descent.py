@@ -111,6 +111,7 @@ class SharedDescent(Descent):
             places = mine.start, len(vector), ranks.world
             self._arguments = shared[3:].reshape(-1).numpy(), *places, self._grad.numpy()
             self._kernel = module.make_mean(self._arguments[0].dtype.type)
+        ranks.meet()  # after which nobody writes the first values any more
 
     def step(self, lr: float, elbo: Tensor) -> Tensor:
         """See `Descent`."""
@@ -119,6 +120,11 @@ class SharedDescent(Descent):
         self._optimizer.step(lr, elbo.isfinite(), math.sqrt(length))
         self.ranks.meet()  # after which all parameters are there
         return elbo
+
+    def forget(self) -> None:
+        """See `Descent`."""
+        super().forget()
+        self.ranks.meet()  # after which all moments are forgotten
 
     def _mean(self) -> float:
         """Fill this rank's part of the gradient; its squared length."""

@@ -137,8 +137,9 @@ class Ranks:
         """The sum over ranks, the same bits on each."""
         if self.world > 1:
             with _talking():
-                if self._memory is None or tensor.device.type != "cpu" or not self._memory.sum_(tensor):
-                    dist.all_reduce(tensor)
+                on_cpu = tensor.device.type == "cpu"
+                if not (on_cpu and self._memory is not None and self._memory.sum_(tensor)):
+                    dist.all_reduce(tensor, group=self._control if on_cpu else None)
         return tensor
 
     def shared(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
@@ -150,8 +151,9 @@ class Ranks:
 
     def meet(self) -> None:
         """Return when all have come here and can read what each wrote to `shared` memory before."""
-        assert self._memory is not None
         with _talking():
+            if self._memory is None:
+                raise RuntimeError("this rank has left the others")
             self._memory.meet()
 
     def mean_(self, tensor: Tensor) -> Tensor:
@@ -366,7 +368,7 @@ def _timeout() -> timedelta:
 
 @contextmanager
 def _talking() -> Iterator[None]:
-    """Inside, what the connections raise is a rank that was lost."""
+    """Inside, what the connections raise is a rank that was lost; after an interruption they can't be used again."""
     try:
         yield
     except RuntimeError as error:
@@ -377,6 +379,9 @@ def _talking() -> Iterator[None]:
             f"command again: with checkpoint= it goes on from the last checkpoint. If a rank is only slow, set "
             f"{TIMEOUT_NAME} to more seconds."
         ) from error
+    except BaseException:
+        _leave()
+        raise
 
 
 def _leave() -> None:
@@ -386,6 +391,7 @@ def _leave() -> None:
         _joined[1]._control = _joined[1]._patient = None
         if _joined[1]._memory is not None:
             _joined[1]._memory.close()
+            _joined[1]._memory = None
         _joined = None
     if dist.is_initialized():
         dist.destroy_process_group()

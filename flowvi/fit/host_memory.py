@@ -56,7 +56,8 @@ class HostMemory:
     """
 
     def __init__(self, rank: int, world: int, timeout: float, gather: Callable[[Any], list[Any]], locks: str) -> None:
-        self.rank, self.world, self.timeout, self._gather = rank, world, timeout, gather
+        self.rank, self.world, self.timeout = rank, world, timeout
+        self._gather: Any = gather
         self._locks: int | None = os.open(locks, os.O_RDWR)
         self._hold(rank)
         self._counters: Any = None
@@ -77,6 +78,8 @@ class HostMemory:
                     memory = cls(rank, world, timeout, gather, locks)
             everywhere = all(gather(memory is not None))
         if memory is None or not everywhere:
+            if memory is not None:
+                memory.close()
             return None
         counters, rows = memory.tensor((world * LINE,), torch.int64), memory.tensor((2, world, SMALL), torch.uint8)
         if counters is None or rows is None:
@@ -173,6 +176,7 @@ class HostMemory:
             os.close(self._locks)
         self._locks = None
         self._counters, self._rows = None, []
+        self._gather = None  # it holds a group of connections
 
 
 @contextmanager

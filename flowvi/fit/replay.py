@@ -25,6 +25,9 @@ WARM_UP = 3
 AGREE = 1e-3
 """Largest difference of a recorded step's mean gradient, relative to its largest component: sums may be reordered."""
 
+_RELIABLE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Before, a recording that failed left the generators unusable."""
+
 Seen = tuple[Tensor | float, Tensor | float]
 RecordFunction = Callable[[Callable[[], Any], torch.Generator], Callable[[], Any]]
 
@@ -66,13 +69,20 @@ class Replay(Update):
     def __init__(self, update: Update, record: RecordFunction) -> None:
         super().__init__(update.step, update.adam, update.generator)
         adam = self.adam
-        self._lr = torch.zeros((), dtype=adam.vector.dtype, device=adam.vector.device)
-        self._memory = [adam.vector, adam.grad, adam.mean, adam.square, adam.state]
-        before, draws = [a.clone() for a in self._memory], self.generator.get_state()
+        place = adam.vector.device
+        self._lr = torch.zeros((), dtype=adam.vector.dtype, device=place)
+        # What is seen goes to memory of its own: a recording fills that, and runs no Python that could return anything.
+        self._num, self._elbo = (torch.zeros((), dtype=torch.float64, device=place) for _ in range(2))
+        memory = [adam.vector, adam.grad, adam.mean, adam.square, adam.state]
+        before, draws = [a.clone() for a in memory], self.generator.get_state()
+        others = getattr(getattr(self.step, "target", None), "generator", None)  # of a target that draws by itself
+        drawn = None if others is None else others.get_state()
 
         def restore() -> None:
-            for a, value in zip(self._memory, before, strict=True):
+            for a, value in zip(memory, before, strict=True):
                 a.copy_(value)
+            if others is not None:
+                others.set_state(drawn)
 
         try:
             for _ in range(WARM_UP):
@@ -97,7 +107,8 @@ class Replay(Update):
 
     def _whole(self) -> None:
         num, elbo = super().__call__(1.0, self._lr)
-        self._seen = num, elbo  # of a recording: memory that each replay fills
+        self._num.copy_(torch.as_tensor(num))
+        self._elbo.copy_(torch.as_tensor(elbo))
 
     def __call__(self, beta: float, lr: float | Tensor) -> Seen:
         """See `Update`; what is returned is overwritten by the next call."""
@@ -105,33 +116,39 @@ class Replay(Update):
             return super().__call__(beta, lr)
         self._lr.fill_(lr)
         self._replay()
-        return self._seen
+        return self._num, self._elbo
 
 
 def make_update(
     step: Step, adam: FlatAdam, generator: torch.Generator, *, record: RecordFunction | None = None
 ) -> Update:
-    """The update, recorded where that can be done: on a GPU, with a step that can be."""
+    """The update, recorded where that can be done: on a GPU, alone, with a step that can be."""
     update = Update(step, adam, generator)
     if record is None:
-        if adam.vector.device.type != "cuda":
+        if adam.vector.device.type != "cuda" or not _RELIABLE:
             return update
         record = cuda_graph
+    if getattr(step, "split", None) is not None:  # ranks would have to record the same, or none
+        return update
     try:
         return Replay(update, record)
-    except RuntimeError:  # also what a failed recording raises
+    except Exception:  # a target's own error, in other words than CUDA's, comes again at the first step
         return update
 
 
 def cuda_graph(function: Callable[[], Any], generator: torch.Generator) -> Callable[[], None]:
     """Record a function on the present device; its random numbers go on with the generator at each replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    present, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(present)
     with torch.cuda.stream(stream):  # once more where recording is done, or its first use would be recorded
         function()
-    torch.cuda.current_stream().wait_stream(stream)
+    present.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        function()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except BaseException:
+        torch.cuda.set_stream(present)  # a recording that fails stays on its own
+        raise
     return graph.replay

@@ -191,8 +191,11 @@ def _same_front(points: tuple[Tensor, ...], matrices: tuple[Tensor, ...], scalar
     """Broadcast the dimensions in front of points (S, D), matrices (K, D) and scalars (K,)."""
     if all(a.dim() == 2 for a in points + matrices):
         return [*points, *matrices, *scalars]
-    fronts = {*(a.shape[:-2] for a in points + matrices), *(a.shape[:-1] for a in scalars)} - {torch.Size()}
-    front = fronts.pop() if len(fronts) == 1 else torch.broadcast_shapes(*fronts)
+    fronts: list[torch.Size] = []  # sizes of a traced function can't be hashed
+    for front in (*(a.shape[:-2] for a in points + matrices), *(a.shape[:-1] for a in scalars)):
+        if front and front not in fronts:
+            fronts.append(front)
+    front = fronts[0] if len(fronts) == 1 else torch.broadcast_shapes(*fronts)
     each = [a.expand(*front, *a.shape[-2:]) for a in points + matrices]
     return each + [a.expand(*front, a.shape[-1]) for a in scalars]
 
