@@ -110,4 +110,4 @@ def test_fit_finds_a_funnel(order):
         khats.append(posterior.diagnose(40_000, hmc=False).khat)
         covered.append(any(c["covering"] for c in posterior.config["rounds"]))
     assert sorted(khats)[1] < 0.7  # .54 to .82 over twelve fits, half of them below .65
-    assert any(covered)
+    assert covered[0]  # not every fit needs such a round: the gap of some closes before

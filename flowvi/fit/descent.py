@@ -111,20 +111,20 @@ class SharedDescent(Descent):
             places = mine.start, len(vector), ranks.world
             self._arguments = shared[3:].reshape(-1).numpy(), *places, self._grad.numpy()
             self._kernel = module.make_mean(self._arguments[0].dtype.type)
-        ranks.meet()  # after which nobody writes the first values any more
+        ranks.barrier()  # after which nobody writes the first values any more
 
     def step(self, lr: float, elbo: Tensor) -> Tensor:
         """See `Descent`."""
         elbo = self.ranks.mean_(elbo.clone())  # after which all gradients are there
         length = self.ranks.sum_(torch.tensor(self._mean(), dtype=torch.float64))  # after which all have been read
         self._optimizer.step(lr, elbo.isfinite(), math.sqrt(length))
-        self.ranks.meet()  # after which all parameters are there
+        self.ranks.barrier()  # after which all parameters are there
         return elbo
 
     def forget(self) -> None:
         """See `Descent`."""
         super().forget()
-        self.ranks.meet()  # after which all moments are forgotten
+        self.ranks.barrier()  # after which all moments are forgotten
 
     def _mean(self) -> float:
         """Fill this rank's part of the gradient; its squared length."""

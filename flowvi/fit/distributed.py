@@ -149,13 +149,6 @@ class Ranks:
         with _talking():
             return self._memory.tensor(shape, like.dtype)
 
-    def meet(self) -> None:
-        """Return when all have come here and can read what each wrote to `shared` memory before."""
-        with _talking():
-            if self._memory is None:
-                raise RuntimeError("this rank has left the others")
-            self._memory.meet()
-
     def mean_(self, tensor: Tensor) -> Tensor:
         """The mean over ranks, such as that of flat gradients of equal shares."""
         return self.sum_(tensor).div_(self.world) if self.world > 1 else tensor
@@ -228,8 +221,12 @@ class Ranks:
         return bool(count)
 
     def barrier(self) -> None:
-        """Wait for the others."""
-        self.any(False)
+        """Wait for the others; after it each sees what any of them wrote to `shared` memory before."""
+        if self._memory is None:
+            self.any(False)
+            return
+        with _talking():
+            self._memory.meet()
 
     # The process.
 

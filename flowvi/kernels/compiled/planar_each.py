@@ -21,6 +21,7 @@ from flowvi.kernels.compiled.jit import kernel, stamp
 from flowvi.kernels.compiled.tanh import tanh
 
 ROWS = 16
+"""Particles that go through a layer together."""
 
 SMALL = 8_192
 """Numbers of a datum's u up to which `ROWS` of them stay in the second cache, in the backward pass."""
