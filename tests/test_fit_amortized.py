@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -10,9 +11,11 @@ import pytest
 import torch
 from pyro import poutine
 from torch import nn
+from torch.utils.data import Dataset
 
 import flowvi
 from flowvi.errors import DimensionError, NonFiniteError, NumericalWarning, OptionError
+from flowvi.fit import amortized
 from flowvi.fit.amortized import Record
 from flowvi.models import DLGM, Maxout
 
@@ -269,3 +272,108 @@ def test_dlgm_log_joint(likelihood):
     pyro.clear_param_store()
     with pytest.raises(DimensionError, match=r"\(n, 6\)"):
         dlgm.model(x[:, :5])
+
+
+# A recorded step.
+
+
+class Drifts(nn.Module):
+    """An encoder that becomes another one after so many calls."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.linear, self.calls, self.after = nn.Linear(3, 4), 0, after
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) * (1.0 if self.calls < self.after else 3.0)
+
+
+RECORDED = {
+    "planar": {},
+    "particles": {"num_particles": 3, "anneal": True, "flow": "radial"},
+    "diagonal": {"num_flows": 0, "objective": flowvi.ELBO(2)},
+    "autoregressive": {"flow": "iaf"},
+    "importance weighted": {"objective": flowvi.IWELBO(5)},
+    "importance weighted, doubly": {"objective": flowvi.IWELBO(5, dreg=True)},
+    "global latents": {"model": random_mean},
+    "apart from global latents": {"model": random_mean, "coupled": False, "num_particles": 2},
+}
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_a_recorded_fit_is_the_fit(case, monkeypatch):
+    options = dict(RECORDED[case])
+    model, x = options.pop("model", linear_gaussian), data(200)
+    options = {"num_flows": 2, "lr": 2e-2, "seed": 1, "progress": False, "num_steps": 40} | options
+    monkeypatch.setattr(amortized, "LOOK_EVERY", 10)
+    fits = [
+        flowvi.fit(model, x, encoder=nn.Sequential(nn.Linear(3, 4)), compile=c, **options)
+        for c in (True, False)
+        if torch.manual_seed(0)
+    ]
+    assert [f.config["recorded"] for f in fits] == [True, False]
+    assert fits[1].config["direct"] == ("importance" not in case)
+    torch.testing.assert_close(fits[0].history.train, fits[1].history.train, rtol=1e-4, atol=1e-4)
+    for a, b in zip(fits[0].guide.parameters(), fits[1].guide.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_pyros_own_loss_reads_its_value_and_is_not_recorded():
+    assert not fit(data(200), steps=20, objective=pyro.infer.Trace_ELBO(), compile=True).config["recorded"]
+
+
+def test_only_long_fits_are_recorded_unless_that_is_asked(monkeypatch):
+    x = data(200)
+    assert not fit(x, steps=20).config["recorded"]
+    monkeypatch.setattr(amortized, "LEAST_STEPS", 20)
+    assert fit(x, steps=20).config["recorded"]
+    assert not fit(x, steps=20, compile=False).config["recorded"]
+    with pytest.raises(OptionError, match="compile"):
+        fit(x, compile="no")
+
+
+def test_an_encoder_that_changes_in_time_is_told_of(monkeypatch):
+    monkeypatch.setattr(amortized, "LOOK_EVERY", 1)
+    x = data(200)
+    options = {"num_flows": 2, "seed": 1, "progress": False, "num_steps": 300, "compile": True}
+    encoder = Drifts(after=60)
+    with pytest.warns(NumericalWarning, match="compile=False"):
+        found = flowvi.fit(linear_gaussian, x, encoder=encoder, **options)
+    assert not found.config["recorded"]
+    assert encoder.calls > 250  # and from there every step asked it
+    encoder = Drifts(after=2)  # before the recording is made: that is of what it is then
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert flowvi.fit(linear_gaussian, x, encoder=encoder, **options).config["recorded"]
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.2)])
+def test_layers_that_are_other_in_training(layer):
+    x = data(200)
+    encoder = nn.Sequential(nn.Linear(3, 4), layer)
+    found = flowvi.fit(linear_gaussian, x, encoder=encoder, num_flows=2, num_steps=30, seed=1, compile=True)
+    assert found.config["recorded"] == isinstance(layer, nn.Dropout)  # the other one's averages must go on
+
+
+class Named(Dataset):
+    """Rows with their names, which the model ignores."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], f"row {i}"
+
+
+def named(x, names):
+    assert len(names) == len(x)
+    return linear_gaussian(x)
+
+
+def test_what_is_no_tensor_is_not_recorded():
+    found = flowvi.fit(named, (Named(data(100)),), encoder=nn.Linear(3, 4), num_flows=2, num_steps=20, compile=True)
+    assert not found.config["recorded"]

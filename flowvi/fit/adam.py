@@ -38,11 +38,12 @@ class FlatParameters:
             self.vector = torch.cat([p.reshape(-1) for p in self.parameters])
             self.grad = torch.zeros_like(self.vector)
             self._saved_grads = [p.grad for p in self.parameters]
-            for p, value, grad in zip(self.parameters, *map(self._split, (self.vector, self.grad)), strict=True):
+            for p, value, grad in zip(self.parameters, *map(self.split, (self.vector, self.grad)), strict=True):
                 p.data, p.grad = value, grad
         self.vector.grad = self.grad
 
-    def _split(self, vector: Tensor) -> list[Tensor]:
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A vector of as many numbers (P,) as the parts that belong to each parameter, views in its shape."""
         parts = vector.split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
@@ -66,7 +67,7 @@ class FlatParameters:
         with torch.no_grad():
             vector.copy_(self.vector)
             self.vector, self.grad = vector, grad
-            for p, value, part in zip(self.parameters, *map(self._split, (vector, grad)), strict=True):
+            for p, value, part in zip(self.parameters, *map(self.split, (vector, grad)), strict=True):
                 p.data, p.grad = value, part
         self.vector.grad = grad
 

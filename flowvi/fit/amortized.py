@@ -25,6 +25,7 @@ from flowvi.checks import positive_integers_or_none, positive_numbers_or_none
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
 from flowvi.files import digest, plain
 from flowvi.fit.adam import FlatParameters
+from flowvi.fit.amortized_gradient import AmortizedGradient
 from flowvi.fit.amortized_step import AmortizedStep, learnt_parameters
 from flowvi.fit.batches import Batches, split_rows
 from flowvi.fit.checkpoint import Checkpoint, _name, _word, whole_steps
@@ -46,6 +47,8 @@ PATIENCE = 20
 CHECKS = 100  # of the held-out rows, in the course of a fit
 CHECKED_ROWS = 2000  # held-out rows at most for one check
 LOOP = "amortized"
+LEAST_STEPS = 1000  # that repay the second or two that it costs to record one
+LOOK_EVERY = 500  # steps at least between two looks whether the recording still holds
 GLOBALS_BETA2 = 0.99
 """Of Adam where there are global latents: while they are far off, gradients are some 100 times those at the end, and
 with .999 the sds of the global latents were still 1.5 times too large after 2,000 steps."""
@@ -66,6 +69,7 @@ class Settings:
         optimizer: one of `OPTIMIZERS`.
         constant: whether the step size stays as it is.
         checked: held-out rows of a check.
+        record: whether a step is recorded, where it can be.
     """
 
     batch_size: int
@@ -73,6 +77,7 @@ class Settings:
     optimizer: str
     constant: bool
     checked: int
+    record: bool
 
 
 @dataclass
@@ -89,6 +94,10 @@ class Record:
     """The number of checks made by each collapse."""
     seconds: float = 0.0
     stopped: str = "finished"
+    recorded: bool = False
+    """Whether the steps were those of a recording."""
+    changed_at: int = 0
+    """The step at which the recording was found to be one of something else, and left; 0 where it was not."""
 
     @property
     def has_collapsed(self) -> bool:
@@ -125,6 +134,7 @@ def fit_amortized(
     patience: int | None,
     seed: int | None,
     device: torch.device | str | None,
+    compile: bool | str | None,
     progress: bool | None,
     checkpoint: str | Path | None,
     checkpoint_every: float,
@@ -202,6 +212,7 @@ def fit_amortized(
             optimizer,
             lr_schedule == "constant",
             min(CHECKED_ROWS, 0 if held is None else len(held)),
+            compile if isinstance(compile, bool) else num_steps >= LEAST_STEPS,
         )
         if walk.batch_size % ranks.world:
             raise OptionError(f"a batch of {walk.batch_size} rows can't be split evenly over {ranks.world} ranks.")
@@ -241,6 +252,7 @@ def fit_amortized(
         "seed": seed,
         "device": str(parameters[0].device),
         "direct": step.direct,
+        "recorded": record.recorded and not record.changed_at,
         "collapses": len(record.collapses),
         "peak_memory_mb": _peak(parameters[0].device),
         "stopped": record.stopped,
@@ -284,6 +296,9 @@ def _maximize(
     """
     flat = FlatParameters(parameters)
     options = {"beta2": GLOBALS_BETA2} if walk.optimizer == "adam" and step.guide.has_globals else {}
+    share = ranks.share(walk.batch_size)
+    two = train.minibatch(0, walk.batch_size, seed, share), train.minibatch(1, walk.batch_size, seed, share)
+    gradient = AmortizedGradient(step, flat, two, walk.record)  # before other ranks see the parameters moved aside
     descent = make_descent(flat, ranks, walk.optimizer, **options)
     record, best = Record(), flat.vector.clone()
     every = max(1, schedule.num_steps // CHECKS)
@@ -308,6 +323,7 @@ def _maximize(
                 torch.set_rng_state(saved["random"])
                 start -= record.seconds
         checkpoint.keep(LOOP, state)
+    record.recorded, looked = gradient.recorded, record.steps
     over = record.steps >= schedule.num_steps or record.stopped == "no improvement"
     show = None if progress is None else not progress
     bar = Bar(total=schedule.num_steps, initial=record.steps, desc="fit", disable=show)
@@ -318,13 +334,16 @@ def _maximize(
                 lr = (schedule.lr if walk.constant else schedule.lr_at(t)) * 0.5 ** len(record.collapses)
                 if ranks.world > 1:
                     reseed((seed + 1) * 1_000_003 + t * ranks.world + ranks.rank, flat.vector.device)
-                loss = step(train.minibatch(t, walk.batch_size, seed, ranks.share(walk.batch_size)), beta)
-                flat.backward(loss.surrogate)
-                elbo = descent.step(lr, loss.elbo)
+                batch = train.minibatch(t, walk.batch_size, seed, share)
+                elbo = descent.step(lr, gradient(batch, beta))
                 finite = elbo.isfinite()
                 seen += torch.stack([torch.where(finite, elbo, 0.0), finite]).to(seen)
                 record.steps = t + 1
                 if (t + 1) % every == 0 or t + 1 == schedule.num_steps:
+                    if t + 1 - looked >= LOOK_EVERY:
+                        looked = t + 1
+                        if not gradient.holds(batch, beta):
+                            record.changed_at = t + 1
                     value = math.nan if held is None else _score(step, held, walk, seed, ranks)
                     record.checks.append((t + 1, float(seen[0] / seen[1]), value, lr, beta))
                     seen.zero_()
@@ -420,6 +439,15 @@ def _report_trouble(record: Record) -> None:
             NumericalWarning(
                 f"the ELBO collapsed {times} time{'s' if times > 1 else ''}; the fit went back to its best "
                 f"and on with half the step size. A smaller lr saves the steps that this cost."
+            ),
+            stacklevel=4,
+        )
+    if record.changed_at:
+        warnings.warn(
+            NumericalWarning(
+                f"model or encoder computed something else in step {record.changed_at} than where the fit had recorded "
+                f"them, and steps since the check before may have been wrong: where their Python code changes in time, "
+                f"pass compile=False."
             ),
             stacklevel=4,
         )

@@ -107,11 +107,11 @@ class AmortizedStep:
         )
         self.direct = isinstance(objective, ELBO) and usual
 
-    def __call__(self, call: Call, beta: float = 1.0) -> Loss:
+    def __call__(self, call: Call, beta: float | Tensor = 1.0) -> Loss:
         """The loss at the annealing beta."""
         return (self._directly if self.direct else self._by_pyro)(call, beta)
 
-    def _directly(self, call: Call, beta: float) -> Loss:
+    def _directly(self, call: Call, beta: float | Tensor) -> Loss:
         args, kwargs = call
         objective: Any = self.objective
         guide, num = self.guide, objective.num_particles
@@ -153,9 +153,9 @@ class AmortizedStep:
         with pyro.plate(PARTICLES, num, dim=-self.rank):
             return poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum()
 
-    def _by_pyro(self, call: Call, beta: float) -> Loss:
+    def _by_pyro(self, call: Call, beta: float | Tensor) -> Loss:
         args, kwargs = call
-        model = self.model if beta == 1 else poutine.scale(self.model, scale=beta)
+        model = self.model if not isinstance(beta, Tensor) and beta == 1 else poutine.scale(self.model, scale=beta)
         loss = self.objective.differentiable_loss(model, self.plates(self.guide), *args, **kwargs) / self.size
         return Loss(loss, -torch.as_tensor(loss).detach())
 

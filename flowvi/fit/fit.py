@@ -154,7 +154,10 @@ def fit(
         compile: whether the target's value and gradient go through Inductor: "auto" (or None) for a model that is
             no program of flowvi's own machine (`flowvi.program`: minibatches, rare operations, other devices) and
             whose steps to come would repay it, True in any case, False never. What is measured to be faster is kept;
-            without a C++ compiler nothing changes. ``posterior.config["compile"]`` says what was used, and why.
+            without a C++ compiler nothing changes. ``posterior.config["compile"]`` says what was used, and why. With
+            `encoder` it is a whole step, model, guide and gradient, that is recorded once as a flat list of tensor
+            operations ("auto": for 1,000 steps and more), and used where it gives what the step gives; False takes
+            every step as it is written, for a model or encoder whose Python code changes from call to call.
         progress: whether bars are shown; None shows them in a terminal or notebook.
         verify: whether the result is diagnosed and a plain warning given if it can't be trusted; True.
         checkpoint: a folder of this fit's own, where its whole state is kept in a file. The same call again goes on
@@ -210,6 +213,8 @@ def fit(
         raise OptionError(f"anneal must be True, False, a schedule step -> beta, or None, not {shown(anneal)}.")
     if checkpoint is not None:
         checkpoint = as_path("checkpoint", checkpoint)
+    if not (compile is None or isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
+        raise OptionError(f"compile must be 'auto', True, False or None, not {shown(compile)}.")
     if not isinstance(flow, str) and not callable(flow):
         raise OptionError(f"flow must be a name or a factory(input_dim, **options), not {shown(flow)}.")
     if num_flows is not None:
@@ -249,6 +254,7 @@ def fit(
             patience=patience,
             seed=seed,
             device=device,
+            compile=compile,
             progress=progress,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
@@ -262,8 +268,6 @@ def fit(
     positive_numbers_or_none(lr=lr, time_limit=time_limit, checkpoint_every=checkpoint_every)
     if base is not None:
         one_of(AFFINE_KINDS, base=base)
-    if not (compile is None or isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
-        raise OptionError(f"compile must be 'auto', True, False or None, not {shown(compile)}.")
     if objective is not None and (num_particles is not None or anneal is not None):
         raise OptionError("give either objective=, or num_particles= and anneal=: the objective has its own.")
     auto = isinstance(flow, str) and flow == "auto"

@@ -1,0 +1,179 @@
+"""A recorded graph with less to do, and the same values but for the rounding of large matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from flowvi.graph.record import is_mutable, is_random
+from flowvi.kernels.linear import linear, pays
+
+__all__ = ["tidy"]
+
+_ATEN = torch.ops.aten
+
+_SAME_MEMORY = (_ATEN.detach.default, _ATEN.alias.default)
+_LITERALS = (_ATEN.lift_fresh.default, _ATEN.lift_fresh_copy.default)
+"""What a number written in the code becomes a tensor by."""
+_SHAPES_ALONE = (
+    _ATEN.zeros_like.default,
+    _ATEN.ones_like.default,
+    _ATEN.full_like.default,
+    _ATEN.new_zeros.default,
+    _ATEN.new_ones.default,
+    _ATEN.new_full.default,
+)
+"""What reads of its argument is the same in every run."""
+_SHAPED = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.reshape.default, _ATEN.expand.default)
+_NEUTRAL: dict[Any, float] = {
+    _ATEN.add.Tensor: 0,
+    _ATEN.sub.Tensor: 0,
+    _ATEN.mul.Tensor: 1,
+    _ATEN.div.Tensor: 1,
+    _ATEN.mul.Scalar: 1,
+    _ATEN.pow.Tensor_Scalar: 1,
+}
+"""Operations that do nothing with this second argument."""
+
+
+class _Like(NamedTuple):
+    """What a node's value is, but for its numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, value: Tensor) -> _Like:
+        return cls(value.shape, value.dtype, value.stride(), value.device)
+
+
+class _Run(fx.Interpreter):
+    """Runs the graph, and notes what each value is like, and the values that no input has a part in."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """See `torch.fx.Interpreter`."""
+        out = super().run_node(n)
+        if isinstance(out, Tensor):
+            n.meta["like"] = _Like.of(out)
+        if _is_constant(n):
+            n.meta["constant"] = out
+        return out
+
+
+def tidy(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Make the graph smaller, in place.
+
+    Args:
+        module: what `record` gave. Where it writes into tensors of its own, other than with random numbers, only the
+            matrix products are seen to.
+        inputs: what it will be called with, in these shapes. It is run once, and draws the random numbers of a run.
+    """
+    graph = module.graph
+    pure = all(is_random(n) for n in graph.nodes if is_mutable(n))
+    with torch.no_grad():
+        _Run(module).run(*inputs)
+    done: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if pure:
+            same = _same(node) or _done(node, done)
+            if same is not None:
+                node.replace_all_uses_with(same)
+                continue
+            if "constant" in node.meta and isinstance(node.meta["constant"], Tensor):
+                _fold(module, node)
+                continue
+        _multiply(graph, node)
+    _drop_unused(graph)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether the value is the same in every run: made of numbers in the code alone, by operations without chance."""
+    if node.op != "call_function" or is_mutable(node) or is_random(node):
+        return False
+    if node.target in (*_LITERALS, *_SHAPES_ALONE):
+        return True
+    if "empty" in str(node.target):
+        return False
+    return all("constant" in n.meta for n in node.all_input_nodes)
+
+
+def _fold(module: fx.GraphModule, node: fx.Node) -> None:
+    name = f"folded_{node.name}"
+    module.register_buffer(name, node.meta["constant"], persistent=False)
+    with module.graph.inserting_before(node):
+        value = module.graph.get_attr(name)
+    value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+
+
+def _same(node: fx.Node) -> fx.Node | None:
+    """The argument that the node's value is equal to, in the same memory layout; None if there is none."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return None
+    if node.target in _SAME_MEMORY:
+        return first
+    if node.target is _ATEN.t.default and first.target is _ATEN.t.default:
+        inner: Any = first.args[0]
+        return inner
+    if "like" not in first.meta or first.meta["like"] != node.meta.get("like"):
+        return None
+    if node.target in (*_SHAPED, _ATEN.clone.default, _ATEN._to_copy.default):
+        return first
+    if node.target is _ATEN.permute.default:
+        dims: Any = node.args[1]
+        return first if list(dims) == sorted(dims) else None
+    if node.target in _NEUTRAL and not node.kwargs and node.args[1] == _NEUTRAL[node.target]:
+        return first
+    return None
+
+
+def _done(node: fx.Node, done: dict[Any, fx.Node]) -> fx.Node | None:
+    """The earlier node that does the same; None where there is none."""
+    if is_random(node) or is_mutable(node) or "empty" in str(node.target):
+        return None
+    flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+    # repr tells 0.0 from -0.0, and 1 from True
+    key = (node.target, str(spec), *(a if isinstance(a, fx.Node) else repr(a) for a in flat))
+    first = done.setdefault(key, node)
+    return None if first is node else first
+
+
+def _multiply(graph: fx.Graph, node: fx.Node) -> None:
+    """A large matrix product, by the library that does it sooner."""
+    operands: tuple[Any, ...] = node.args
+    if node.target is _ATEN.mm.default:
+        operands = (None, *operands)
+    elif node.target is not _ATEN.addmm.default or node.kwargs:
+        return
+    bias, x, right = operands
+    if any(n is not None and "like" not in n.meta for n in operands):
+        return
+    given, size_out = x.meta["like"], right.meta["like"].shape[1]
+    if bias is not None and bias.meta["like"].shape != (size_out,):
+        return
+    if not pays(given.shape, size_out, given.dtype, given.device):
+        return
+    transposed: Any = _ATEN.t.default
+    product: Callable[..., Any] = linear
+    with graph.inserting_before(node):
+        weight = right.args[0] if right.target is transposed else graph.call_function(transposed, (right,))
+        better = graph.call_function(product, (x, weight, bias))
+    better.meta["like"] = node.meta["like"]
+    node.replace_all_uses_with(better)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Leave out what nobody reads; random numbers are drawn all the same, so that later ones are not others."""
+    for node in reversed(list(graph.nodes)):
+        stays = node.op in ("placeholder", "output") or is_random(node) or is_mutable(node)
+        if not stays and not node.users:
+            graph.erase_node(node)
+    graph.lint()

@@ -1,0 +1,268 @@
+"""A recorded function is the function: values, gradients, random numbers; and what can't be recorded is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from flowvi.fit.adam import FlatParameters
+from flowvi.fit.gradient import Gradient, make_gradient
+from flowvi.graph import Refused, emit, record, tidy
+from flowvi.kernels import linear as products
+
+
+def flat(function, inputs):
+    """The recorded, tidied function, and its graph."""
+    module = record(function, inputs)
+    state = torch.get_rng_state()
+    tidy(module, inputs)
+    torch.set_rng_state(state)
+    return emit(module), module.graph
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def network(given):
+    """Everything a step has: layers, draws that are used and one that is not, shapes, constants, a gradient."""
+    w, v, x = given
+    with torch.enable_grad():
+        noise = torch.randn(x.shape[0], 4)
+        torch.rand(3)
+        h = torch.nn.functional.linear(x, w).detach() + torch.nn.functional.linear(x, w)
+        h = torch.relu(h.view(h.shape).expand(h.shape)) * 1 + torch.zeros(()).add(1).log()
+        z = torch.nn.functional.dropout(h, 0.5) + noise.t().t() * torch.tensor(2.0)
+        loss = (z @ v).square().mean() + torch.ones_like(z).sum() / 2
+        return [loss, *torch.autograd.grad(loss, [w, v])]
+
+
+def parameters(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    w, v = torch.randn(4, 3, dtype=dtype, requires_grad=True), torch.randn(4, 2, dtype=dtype, requires_grad=True)
+    return w, v, torch.randn(5, 3, dtype=dtype)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_recording_is_the_function_at_other_values(dropout, monkeypatch):
+    if not dropout:  # which writes into its own mask: then the graph is left as it is
+        monkeypatch.setattr(torch.nn.functional, "dropout", lambda h, p: h)
+    given = parameters()
+    run, graph = flat(network, given)
+    other = parameters(seed=1)
+    with torch.no_grad():
+        for mine, new in zip(given, other, strict=True):
+            mine.copy_(new)
+    torch.manual_seed(3)
+    expected, after = network(given), torch.rand(2)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        found = run(*given)
+    assert same(found, expected)
+    assert torch.equal(torch.rand(2), after)  # the unused draw as well
+    torch.manual_seed(4)
+    assert not same(network(given), expected)
+    if not dropout:
+        whole = record(network, given).graph
+        assert len(graph.nodes) < len(whole.nodes)
+        named = {str(n.target) for n in graph.nodes}
+        assert not named & {"aten.detach.default", "aten.expand.default", "aten.log.default", "aten.ones_like.default"}
+
+
+def test_a_parameter_that_is_found_elsewhere_is_read_live():
+    layer = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    own = list(layer.parameters())
+    run, _ = flat(lambda given: [layer(given[-1])], [*own, x])
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        (found,) = run(*own, x)
+    assert torch.equal(found, layer(x))
+
+
+def test_a_buffer_is_read_live():
+    layer = nn.BatchNorm1d(3).eval()
+    x = torch.randn(4, 3)
+    run, _ = flat(lambda given: [layer(given[0])], [x])
+    layer.running_mean.fill_(5.0)
+    assert torch.equal(run(x)[0], layer(x))
+
+
+def value(given):
+    return [given[0] * 2 if given[0].sum() > 0 else given[0]]
+
+
+def chosen(given):
+    return [given[0][given[0] > 0]]
+
+
+def changes_its_input(given):
+    given[0][0].mul_(2)
+    return [given[0] + 1]
+
+
+NORM = nn.BatchNorm1d(3)
+
+
+def changes_a_buffer(given):
+    return [NORM(given[0])]
+
+
+def fails(given):
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize("function", [value, chosen, changes_its_input, changes_a_buffer, fails])
+def test_what_is_no_list_of_operations_is_refused(function):
+    with pytest.raises(Refused):
+        record(function, [torch.randn(4, 3)])
+
+
+def test_writing_into_own_memory_is_recorded():
+    def function(given):
+        out = torch.zeros(3, 2)
+        out[1] = given[0]
+        view = out[0]
+        view.add_(given[0] * 2)
+        return [out * 2, out.sum()]
+
+    run, _ = flat(function, [torch.randn(2)])
+    x = torch.randn(2)
+    for _ in range(2):  # and made anew each time
+        assert same(run(x), function([x]))
+
+
+def test_the_large_products_are_the_same_by_either_library(monkeypatch):
+    torch.manual_seed(0)
+    x, w, b = torch.randn(128, 200), torch.randn(150, 200, requires_grad=True), torch.randn(150, requires_grad=True)
+
+    def function(given):
+        x, w, b = given
+        with torch.enable_grad():
+            y = torch.nn.functional.linear(x, w, b)
+            z = torch.nn.functional.linear(y, w.t(), torch.ones(1))
+            grads = torch.autograd.grad(z.square().mean(), [w, b])
+        return [y, z, *grads]
+
+    kinds = []
+
+    def stand_in(x, weight, bias, *rest):
+        kinds.append(bias is None)
+        return x @ weight.t() + (0 if bias is None else bias)
+
+    monkeypatch.setattr(products, "_onednn", lambda: stand_in)
+    run, graph = flat(function, [x, w, b])
+    assert sum(n.target is products.linear for n in graph.nodes) >= 4
+    with torch.no_grad():
+        found = run(x, w, b)
+    assert {True, False} == set(kinds)
+    monkeypatch.setattr(products, "_onednn", lambda: None)
+    run, graph = flat(function, [x, w, b])
+    assert not any(n.target is products.linear for n in graph.nodes)
+    with torch.no_grad():
+        plain = run(x, w, b)
+    assert same(plain, function([x, w, b]))
+    for a, c in zip(found, plain, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4)
+
+
+def test_onednn_multiplies_as_torch_does():
+    if products._onednn() is None:
+        pytest.skip("torch's own product is as quick on this machine")
+    torch.manual_seed(0)
+    for x, w in (
+        (torch.randn(300, 200), torch.randn(100, 200)),
+        (torch.randn(200, 300).t(), torch.randn(200, 100).t()),
+    ):
+        for bias in (None, torch.randn(100)):
+            exact = x.double() @ w.double().t() + (0 if bias is None else bias.double())
+            torch.testing.assert_close(products.linear(x, w, bias), exact.float(), rtol=1e-5, atol=1e-4)
+    shape = torch.Size((1000, 1000))
+    assert products.pays(shape, 100, torch.float32, torch.device("cpu"))
+    assert not products.pays(shape, 100, torch.float64, torch.device("cpu"))
+    assert not products.pays(torch.Size((10, 10)), 10, torch.float32, torch.device("cpu"))
+
+
+# Gradients.
+
+
+class Net(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1)).to(dtype)
+        self.unused = nn.Parameter(torch.ones(2, dtype=dtype))
+        self.calls, self.factor = 0, lambda calls: 1.0
+
+    def loss(self, x, y):
+        self.calls += 1
+        noise = 0.1 * torch.randn_like(x)
+        loss = self.factor(self.calls) * (self.body(x + noise).squeeze(-1) - y).square().mean()
+        return loss, loss.sqrt()
+
+
+def batch(seed, num=20, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((num, 3), (num,))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_recorded_gradient_is_that_of_autograd(dtype):
+    net = Net(dtype)
+    flat = FlatParameters(net)
+    before = flat.vector.clone()
+    torch.manual_seed(5)
+    found = make_gradient(net.loss, flat, batch(0, dtype=dtype), batch(1, dtype=dtype))
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert torch.equal(flat.vector, before)
+    assert found.recorded
+    plain = Gradient(net.loss, flat)
+    for seed in range(3):
+        for num in (20, 7):  # of another size by autograd
+            results = []
+            for gradient in (found, plain):
+                torch.manual_seed(seed)
+                results.append((gradient(*batch(seed, num, dtype)), flat.grad.clone()))
+            assert not results[0][0].requires_grad
+            assert same(*results)
+        flat.vector.sub_(0.1 * flat.grad)
+    assert flat.grad[: flat.parameters[0].numel()].abs().max() == 0  # the unused one, by name the first
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda net, x: x * (1 + 0.1 * net.calls),  # changes from call to call
+        lambda net, x: x * float(net.body[0].weight.detach().numpy().sum()),  # reads a parameter past torch
+        lambda net, x: x + torch.from_numpy(x.numpy() * 2),  # reads the data past torch
+        lambda net, x: x * torch.rand(1).item(),  # a draw as a number
+        lambda net, x: x if net.calls < 2 else 1 / 0,  # fails the third time
+    ],
+)
+def test_a_recording_that_would_be_something_else_is_not_used(spoil):
+    net = Net()
+    flat, loss = FlatParameters(net), net.loss
+    before = flat.vector.clone()
+    net.loss = lambda x, y: loss(spoil(net, x), y)
+    assert not make_gradient(net.loss, flat, batch(0), batch(1)).recorded
+    assert torch.equal(flat.vector, before)
+
+
+def test_a_change_in_time_is_seen():
+    net = Net()
+    flat = FlatParameters(net)
+    found = make_gradient(net.loss, flat, batch(0), batch(1))
+    state = torch.get_rng_state()
+    assert found.holds(*batch(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    net.factor = lambda calls: 1.1
+    assert not found.holds(*batch(2))
+    assert Gradient(net.loss, flat).holds(*batch(2))
+
+
+def test_only_the_recording_is_refused_where_that_is_asked():
+    net = Net()
+    flat = FlatParameters(net)
+    assert not make_gradient(net.loss, flat, batch(0), batch(1), recorded=False).recorded
+    assert net.calls == 0
