@@ -102,14 +102,15 @@ class SharedDescent(Descent):
         flat.move(vector, grads[ranks.rank])
         self.flat, self.ranks = flat, ranks
         mine = ranks.share(len(vector))
-        self._grads, self._grad = shared[3:, mine], torch.empty_like(vector[mine])
+        # The mean takes the place of this rank's own: nobody else reads that part of it.
+        self._grads, self._grad = shared[3:, mine], grads[ranks.rank][mine]
         self._optimizer = kind(vector[mine], self._grad, moments=(mean[mine], square[mine]), **options)
         self.state = [mean, square, self._optimizer.state]
         module = dispatch.compiled("training", self._grad)
         self._kernel = None
         if module is not None:
-            places = mine.start, len(vector), ranks.world
-            self._arguments = shared[3:].reshape(-1).numpy(), *places, self._grad.numpy()
+            places = mine.start, mine.stop - mine.start, len(vector), ranks.world, ranks.rank
+            self._arguments = shared[3:].reshape(-1).numpy(), *places
             self._kernel = module.make_mean(self._arguments[0].dtype.type)
         ranks.barrier()  # after which nobody writes the first values any more
 
@@ -130,5 +131,5 @@ class SharedDescent(Descent):
         """Fill this rank's part of the gradient; its squared length."""
         if self._kernel is not None:
             return self._kernel(*self._arguments)
-        torch.mean(self._grads, 0, out=self._grad)
+        self._grad.copy_(self._grads.mean(0))
         return float(torch.linalg.vector_norm(self._grad, dtype=torch.float64).square())

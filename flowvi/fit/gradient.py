@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowvi.fit.adam import FlatParameters
-from flowvi.graph import emit, record, tidy
+from flowvi.graph import emit, keep, record, tidy
 from flowvi.random_state import kept
 
 __all__ = ["Gradient", "RecordedGradient", "make_gradient"]
@@ -80,16 +80,20 @@ class RecordedGradient(Gradient):
 
         module = record(both, [*parameters, *inputs])
         tidy(module, [*parameters, *inputs])
+        places = keep(module, first=1)
         self._run = emit(module)
+        assert places == num
+        self._places: tuple[Tensor | None, list[Tensor]] = None, []
         self._kinds = [(t.shape, t.dtype, t.device) for t in inputs]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """See `Gradient`."""
         if [(t.shape, t.dtype, t.device) for t in inputs] != self._kinds:
             return super().__call__(*inputs)
+        if self._places[0] is not self.flat.grad:
+            self._places = self.flat.grad, self.flat.split(self.flat.grad)
         with torch.no_grad():
-            seen, *grads = self._run(*self.flat.parameters, *inputs)
-            torch.cat([g.reshape(-1) for g in grads], out=self.flat.grad)  # type: ignore[union-attr]
+            (seen,) = self._run(*self.flat.parameters, *inputs, *self._places[1])
         return seen  # type: ignore[return-value]
 
     def holds(self, *inputs: Tensor) -> bool:

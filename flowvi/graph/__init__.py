@@ -10,6 +10,6 @@ compares it with the function itself (`flowvi.fit.gradient`).
 
 from flowvi.graph.emit import emit
 from flowvi.graph.record import Refused, record
-from flowvi.graph.tidy import tidy
+from flowvi.graph.tidy import keep, tidy
 
-__all__ = ["Refused", "emit", "record", "tidy"]
+__all__ = ["Refused", "emit", "keep", "record", "tidy"]

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from flowvi.graph.record import is_mutable, is_random
 from flowvi.kernels.linear import linear, pays
 
-__all__ = ["tidy"]
+__all__ = ["keep", "tidy"]
 
 _ATEN = torch.ops.aten
 
@@ -91,6 +91,31 @@ def tidy(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
                 continue
         _multiply(graph, node)
     _drop_unused(graph)
+
+
+def keep(module: fx.GraphModule, first: int) -> int:
+    """Copy outputs, each as soon as it is there, to places that are further inputs; they are outputs no longer.
+
+    A gradient is copied while it is in the processor's cache, and its own memory serves the next one.
+
+    Args:
+        module: a graph.
+        first: the number of the first output that is copied; so are those after it.
+
+    Returns:
+        How many places there are.
+    """
+    graph = module.graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    outputs: Any = output.args[0]
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for number, value in enumerate(outputs[first:]):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"place_{number}")
+        with graph.inserting_after(value if value.op == "call_function" else last):
+            graph.call_function(_ATEN.copy_.default, (last, value))
+    output.args = (list(outputs[:first]),)
+    return len(outputs) - first
 
 
 def _is_constant(node: fx.Node) -> bool:

@@ -212,24 +212,25 @@ def make_adam(dtype: type) -> Any:
 
 @cache
 def make_mean(dtype: type) -> Any:
-    """Fill out (P,) with the mean of parts of a vector, whose starts are `stride` apart; its squared length."""
+    """Make one part of a vector the mean of several, all of one size and `stride` apart; its squared length."""
     F, TAG = dtype, stamp()
     TILE = 4096  # stays in the nearest cache
 
     @kernel
-    def mean(vector: Any, first: int, stride: int, parts: int, out: Any) -> float:
+    def mean(vector: Any, first: int, size: int, stride: int, parts: int, own: int) -> float:
         per = F(1.0 / parts)
         total = 0.0 * TAG
-        for start in range(0, len(out), TILE):
-            tile = out[start : start + TILE]
-            size = len(tile)
-            tile[:] = vector[first + start : first + start + size]
-            for part in range(1, parts):
-                begin = first + start + part * stride
-                other = vector[begin : begin + size]
-                for i in range(size):
+        for start in range(first, first + size, TILE):
+            length = min(TILE, first + size - start)
+            tile = vector[start + own * stride : start + own * stride + length]
+            for part in range(parts):
+                if part == own:
+                    continue
+                begin = start + part * stride
+                other = vector[begin : begin + length]
+                for i in range(length):
                     tile[i] += other[i]
-            for i in range(size):
+            for i in range(length):
                 tile[i] *= per
                 total += np.float64(tile[i]) * np.float64(tile[i])
         return total
