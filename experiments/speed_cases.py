@@ -30,6 +30,7 @@ from experiments.posteriors import eight_schools
 from experiments.speed_peers import Run, energy
 from flowvi import kernels
 from flowvi.fit.adam import FlatAdam, FlatParameters
+from flowvi.fit.amortized_gradient import AmortizedGradient
 from flowvi.fit.amortized_step import AmortizedStep, learnt_parameters
 from flowvi.fit.batches import Batches
 from flowvi.fit.steps import make_step
@@ -170,15 +171,15 @@ def amortized_step(batch_size: int, num_flows: int, shared_directions: bool, see
         guide(*first[0], **first[1])
         step = AmortizedStep(dlgm.model, guide, flowvi.PathELBO(1), first, data)
         flat = FlatParameters(learnt_parameters(dlgm.model, guide, first))
+        gradient = AmortizedGradient(step, flat, (first, data.minibatch(1, batch_size, seed)), record=True)
         adam = FlatAdam(flat.vector, flat.grad)
     turns = itertools.count()
 
     def run(n: int) -> None:
         with store.scope(learnt), pyro.validation_enabled(False):
             for _ in range(n):
-                loss = step(data.minibatch(next(turns), batch_size, seed))
-                flat.backward(loss.surrogate)
-                adam.step(speed_peers.LR, loss.elbo.isfinite())
+                elbo = gradient(data.minibatch(next(turns), batch_size, seed), 1.0)
+                adam.step(speed_peers.LR, elbo.isfinite())
 
     return run
 

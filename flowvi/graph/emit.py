@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from flowvi.kernels import implementations
+
 __all__ = ["emit"]
 
 _ATEN = torch.ops.aten
@@ -85,6 +87,8 @@ def _function(target: Any) -> Any:
     """What is called."""
     if target in _QUICK:
         return _QUICK[target]
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "flowvi":
+        return getattr(implementations, target._opname)
     return target._op if isinstance(target, torch._ops.OpOverload) else target
 
 

@@ -90,7 +90,7 @@ def compiled(name: str, *tensors: Tensor | None) -> Any:
     for a in tensors:
         if a is None:
             continue
-        if a.device.type != "cpu" or a.dtype not in _DTYPES or a.numel() == 0:
+        if not a.is_cpu or a.dtype not in _DTYPES or a.numel() == 0:
             return None
         if dtype is not None and a.dtype != dtype:
             return None

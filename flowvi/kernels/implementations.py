@@ -18,8 +18,11 @@ def _array(a: Tensor | None, batch: int) -> Any:
     """A tensor's memory as a numpy array, its first `batch` dimensions made one."""
     if a is None:
         return None
-    a = a.detach().resolve_neg().contiguous()
-    return (a.flatten(0, batch - 1) if batch > 1 else a).numpy()
+    a = a.detach()
+    if a.is_neg() or not a.is_contiguous():
+        a = a.resolve_neg().contiguous()
+    array = a.numpy()
+    return array.reshape(-1, *array.shape[batch:]) if batch > 1 else array
 
 
 def _arrays(tensors: Sequence[Tensor | None], batch: int) -> list[Any]:
