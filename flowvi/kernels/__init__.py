@@ -5,6 +5,7 @@ bound to memory, for a training loop; `use` chooses what does it. The reference 
 `planar`, `radial` and `root`.
 """
 
+from flowvi.kernels.coupling import coupling_step
 from flowvi.kernels.dispatch import in_use, use
 from flowvi.kernels.functions import (
     planar_root,
@@ -20,6 +21,7 @@ from flowvi.kernels.step import PlanarStep, RadialStep, planar_step, radial_step
 __all__ = [
     "PlanarStep",
     "RadialStep",
+    "coupling_step",
     "in_use",
     "planar_root",
     "planar_stack",

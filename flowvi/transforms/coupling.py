@@ -22,9 +22,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from flowvi import kernels
 from flowvi.checks import finite_numbers, instances, one_of, positive_integers
 from flowvi.transforms.elementwise import Additive, Elementwise, InverseAffine, SoftClippedAffine
-from flowvi.transforms.mixing import Mixing, make_mixing
+from flowvi.transforms.mixing import Mixing, Rotation, make_mixing
 from flowvi.transforms.networked import ConditionalNetworkTransform, NetworkTransform
 from flowvi.transforms.networks import DenseNetwork, dense, dense_backward, dense_pullback
 
@@ -137,9 +138,38 @@ class Coupling(NetworkTransform):
         y, log_det, new = _WithScore.apply(self, *flat, *(p for layer in layers for part in layer for p in part))
         return y.reshape(x.shape), log_det.reshape(batch), new.reshape(x.shape)
 
+    def bind(self, num_particles: int, with_score: bool) -> Any:
+        """See `InvertibleMap`: without a context, for layers that shift or scale, between permutations."""
+        tau = self.elementwise
+        kinds = {Additive: None, SoftClippedAffine: getattr(tau, "clip", None)}
+        if self.input_dim == 1 or self.context_dim or type(tau) not in kinds or _has_rotation(self.mixings):
+            return None
+        networks = [[(cast(Tensor, d.weight), cast(Tensor, d.bias)) for d in n.layers] for n in self.networks]  # type: ignore[union-attr]
+        order, num_stay = [], []
+        for mixing, pair in self._pairs():
+            mixed = mixing(torch.arange(self.input_dim, dtype=torch.int64))
+            halves = mixed.split(self._sizes)
+            for k in pair:
+                a, b = halves[::-1] if self._moves_first(k) else halves
+                order.append(torch.cat([a, b]))
+                num_stay.append(len(a))
+        return kernels.coupling_step(
+            networks,
+            torch.stack(order).numpy(),
+            num_stay,
+            activation=self.activation,
+            clip=kinds[type(tau)],
+            num_particles=num_particles,
+            with_score=with_score,
+        )
+
     def extra_repr(self) -> str:
         """What print() shows between the brackets."""
         return f"D={self.input_dim}, K={self.num_flows}, {self.elementwise}"
+
+
+def _has_rotation(mixings: nn.ModuleList) -> bool:
+    return any(isinstance(mixing, Rotation) for mixing in mixings)
 
 
 def _broadcast(x: Tensor, context: Tensor) -> Tensor:

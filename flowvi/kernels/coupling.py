@@ -1,0 +1,139 @@
+"""Coupling layers bound to memory: one kernel for all of them, networks and all; the contract is in `step`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowvi.kernels import dispatch
+from flowvi.kernels.step import Arrays
+
+__all__ = ["CouplingStep", "coupling_step"]
+
+COLUMNS, CACHE = 256, 32_768
+"""Particles of a tile at most, and the bytes that a network's layer should have there: the nearest cache."""
+
+LANES = 16
+"""Particles of a tile are a multiple of these, with which a vector is full."""
+
+TAPE = 1 << 28
+"""Bytes kept from the way forward beyond which autograd is left to it."""
+
+ACTIVATIONS = {"relu": 1, "tanh": 2, "elu": 3}
+
+
+class CouplingStep:
+    """K coupling layers: forward with score, and backward, without a tape of torch's.
+
+    Args:
+        module: the compiled kernels.
+        networks: of each layer, weights (out, in) and biases (out,), all of them views of one flat vector.
+        grads: their gradients, views of another.
+        order: (K, D), the coordinates of each layer: those that stay, then those that move.
+        num_stay: of each layer, how many stay.
+        activation: between a network's layers.
+        clip: of the log-scales; None: the layers are additive.
+        num_particles: S.
+        with_score: whether `forward` carries the score.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        networks: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        vectors: tuple[Tensor, Tensor],
+        order: np.ndarray,
+        num_stay: Sequence[int],
+        *,
+        activation: str,
+        clip: float | None,
+        num_particles: int,
+        with_score: bool,
+    ) -> None:
+        self._module, self.with_score = module, with_score
+        like = vectors[0]
+        dim, affine = order.shape[1], clip is not None
+        plan, dense, rows, width = [], [], 0, dim
+        for layers, stays in zip(networks, num_stay, strict=True):
+            moves, begin = dim - stays, len(dense)
+            for weight, bias in layers:
+                num_out, num_in = weight.shape
+                dense.append((num_in, num_out, weight.storage_offset(), bias.storage_offset(), rows))
+                rows += num_in
+                width = max(width, num_in, num_out)
+            kept = rows
+            rows += 3 * moves if affine else 0
+            plan.append((stays, moves, begin, len(layers), kept, rows))
+            rows += layers[-1][0].shape[0]
+        itemsize = like.element_size()
+        most = min(COLUMNS, max(4 * LANES, CACHE // (width * itemsize)))
+        tiles = -(-num_particles // most)
+        columns = -(-num_particles // (tiles * LANES)) * LANES
+        self.tape_bytes = tiles * rows * columns * itemsize
+        if self.tape_bytes > TAPE:
+            return
+        made: dict[str, Any] = {"dtype": like.dtype}
+        self._z, self._score, self._g_x = (torch.empty(num_particles, dim, **made) for _ in range(3))
+        self._log_det, self._tape = torch.empty(num_particles, **made), torch.empty(tiles, rows, columns, **made)
+        p, grad = (v.detach().numpy() for v in vectors)
+        tables = np.array(plan, np.int64), np.array(dense, np.int64), np.ascontiguousarray(order, np.int64)
+        kind = ACTIVATIONS[activation]
+        self._forward = (p, *tables, kind, affine, float(clip or 1.0), width)
+        self._backward = (p, *tables, kind, affine, width, self._tape.numpy(), self._g_x.numpy(), grad)
+        out = self._score.numpy() if with_score else None
+        self._out = self._z.numpy(), self._log_det.numpy(), out, self._tape.numpy()
+        self._arrays = Arrays()
+
+    def forward(self, x: Tensor, score: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Z (S, D), log|det dz/dx| (S,) and the score at z, from x and the score at x (None: -x)."""
+        given = self._arrays("x", x)
+        start, sign = (given, -1.0) if score is None else (self._arrays("score", score), 1.0)
+        self._module.forward(given, start, sign, *self._forward, *self._out)
+        return self._z, self._log_det, self._score if self.with_score else None
+
+    def backward(self, g_z: Tensor, g_log_det: Tensor | None = None) -> Tensor:
+        """The cotangent of x (S, D) from those of z (S, D) and log|det| (S,); fills the parameters' gradients."""
+        pull = self._arrays("g_z", g_z), self._arrays("g_log_det", g_log_det)
+        self._module.backward(*pull, *self._backward)
+        return self._g_x
+
+
+def coupling_step(
+    networks: Sequence[Sequence[tuple[Tensor, Tensor]]], order: np.ndarray, num_stay: Sequence[int], **options: Any
+) -> CouplingStep | None:
+    """The step, where it can be: parameters in one vector on the CPU, gradients in another, and kernels at hand.
+
+    Args:
+        networks: of each layer, weights (out, in) and biases (out,) with their ``.grad``.
+        order: see `CouplingStep`.
+        num_stay: likewise.
+        **options: likewise.
+    """
+    each = [p for layers in networks for pair in layers for p in pair]
+    vectors = tuple(_whole(part) for part in (each, [p.grad for p in each]))
+    if None in vectors or any(p.grad.storage_offset() != p.storage_offset() for p in each):  # type: ignore[union-attr]
+        return None
+    module = dispatch.compiled("coupling", *vectors)
+    if module is None:
+        return None
+    step = CouplingStep(module, networks, vectors, order, num_stay, **options)  # type: ignore[arg-type]
+    return step if step.tape_bytes <= TAPE else None
+
+
+def _whole(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The vector that contiguous tensors are parts of; None where they aren't."""
+    first = parts[0]
+    if first is None:
+        return None
+    storage = first.untyped_storage()
+    for part in parts:
+        if part is None or part.untyped_storage().data_ptr() != storage.data_ptr() or not part.is_contiguous():
+            return None
+    with torch.no_grad():
+        return torch.empty(0, dtype=first.dtype, device=first.device).set_(
+            storage, 0, (storage.nbytes() // first.element_size(),)
+        )
