@@ -12,6 +12,7 @@ import flowvi
 from flowvi import kernels
 from flowvi.fit.adam import CLIP, FlatAdam, FlatParameters
 from flowvi.fit.steps import TapeStep, make_step
+from flowvi.kernels.compiled import threads
 
 OBJECTIVES = (flowvi.ELBO, flowvi.PathELBO, flowvi.BalancedELBO, flowvi.CoveringELBO)
 
@@ -65,6 +66,104 @@ def test_bad_particles_are_left_out_without_a_tape_too(backend, kind):
     assert 0 < found[0] < 64
     assert found[:2] == pytest.approx(expected[:2], rel=1e-12)
     assert torch.allclose(found[2], expected[2], rtol=1e-10, atol=1e-10)
+
+
+WITH_NETWORKS = [
+    ("real_nvp", 5, 4, {}),
+    ("real_nvp", 2, 3, {"activation": "tanh"}),
+    ("real_nvp", 7, 2, {"activation": "elu", "hidden_dims": (9,), "mixing": "none", "clip": 0.7}),
+    ("real_nvp", 14, 1, {"hidden_dims": (6, 5, 4)}),
+    ("nice", 5, 3, {"start": 1.0}),
+    ("nice", 6, 3, {"hidden_dims": ()}),
+    ("iaf", 5, 4, {}),
+    ("iaf", 2, 2, {"activation": "elu"}),
+    ("iaf", 7, 3, {"hidden_dims": (20, 15, 9), "activation": "tanh"}),
+    ("iaf", 6, 2, {"hidden_dims": (3,)}),  # fewer units than coordinates: some degrees have none
+    ("iaf", 3, 2, {"hidden_dims": (), "order": "random"}),
+    ("iaf", 14, 2, {"clip": 0.5}),
+]
+
+
+def with_networks(name, dim, num_flows, options, dtype):
+    torch.manual_seed(0)
+    flow = flowvi.Flow.from_spec(flowvi.FlowSpec(name, dim, num_flows, "diag", options), dtype=dtype)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return flow
+
+
+@pytest.mark.parametrize(("name", "dim", "num_flows", "options"), WITH_NETWORKS)
+@pytest.mark.parametrize("num", [37, 600])
+def test_a_step_through_networks_is_the_step_by_autograd(name, dim, num_flows, options, num, monkeypatch):
+    monkeypatch.setattr(threads, "REPAYS", 10_000)
+    before = torch.get_num_threads()
+    target = flowvi.as_density(flowvi.energies.Funnel(dim), dtype=torch.float64)
+    flow = with_networks(name, dim, num_flows, options, torch.float64)
+    for kind in OBJECTIVES:
+        _, *expected = one(flow, target, kind(num), tape=True)
+        for num_threads in (1, 2):  # tiles over threads
+            torch.set_num_threads(num_threads)
+            try:
+                fused, *found = one(flow, target, kind(num), tape=False)
+            finally:
+                torch.set_num_threads(before)
+            assert fused
+            assert found[:2] == pytest.approx(expected[:2], rel=1e-11)
+            assert torch.allclose(found[2], expected[2], rtol=1e-9, atol=1e-9 * float(expected[2].abs().max()))
+    with kernels.use("torch"):
+        assert not one(flow, target, flowvi.ELBO(8), tape=False)[0]
+
+
+@pytest.mark.parametrize("name", ["real_nvp", "nice", "iaf"])
+def test_a_step_through_networks_in_single_precision(name):
+    flow = with_networks(name, 4, 4, {}, torch.float32)
+    target = flowvi.as_density(lambda z: -0.5 * z.square().sum(-1), dim=4, dtype=torch.float32)
+    _, *expected = one(flow, target, flowvi.BalancedELBO(256), tape=True)
+    fused, *found = one(flow, target, flowvi.BalancedELBO(256), tape=False)
+    assert fused
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-5)
+    assert torch.allclose(found[2], expected[2], rtol=1e-3, atol=1e-4 * float(expected[2].abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "options"),
+    [
+        ("real_nvp", 4, {"mixing": "orth"}),
+        ("real_nvp", 4, {"direction": "inverse"}),
+        ("real_nvp", 1, {}),
+        ("iaf", 1, {}),
+        ("maf", 3, {}),
+    ],
+)
+def test_networks_that_have_no_kernel_go_by_autograd(name, dim, options):
+    flow = with_networks(name, dim, 2, options, torch.float32)
+    target = flowvi.as_density(lambda z: -0.5 * z.square().sum(-1), dim=dim)
+    assert not one(flow, target, flowvi.PathELBO(8), tape=False)[0]
+
+
+@pytest.mark.parametrize("name", ["real_nvp", "iaf"])
+def test_a_particle_that_is_lost_spoils_no_other(name):
+    class Lost:
+        def value_and_grad(self, z):
+            return torch.where(z[:, 0] > 0.5, math.nan, -0.5 * z.square().sum(-1)), -z
+
+    flow = with_networks(name, 4, 2, {}, torch.float64)
+    _, *expected = one(flow, Lost(), flowvi.BalancedELBO(64), tape=True)
+    _, *found = one(flow, Lost(), flowvi.BalancedELBO(64), tape=False)
+    assert 0 < found[0] < 64
+    assert found[0] == expected[0]
+    assert torch.allclose(found[2], expected[2], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["real_nvp", "iaf"])
+def test_the_same_fit_with_and_without_kernels(name):
+    options = {"num_flows": 2, "num_steps": 50, "seed": 0, "progress": False, "verify": False}
+    fits = []
+    for backend in ("auto", "torch"):
+        with kernels.use(backend):
+            fits.append(flowvi.fit(flowvi.energies.Funnel(3), flow=name, whiten=False, dtype=torch.float64, **options))
+    torch.testing.assert_close(fits[0].history.elbo, fits[1].history.elbo, rtol=1e-6, atol=1e-8)
 
 
 def test_what_cannot_be_bound_goes_by_autograd():

@@ -5,6 +5,7 @@ bound to memory, for a training loop; `use` chooses what does it. The reference 
 `planar`, `radial` and `root`.
 """
 
+from flowvi.kernels.autoregressive import autoregressive_step
 from flowvi.kernels.coupling import coupling_step
 from flowvi.kernels.dispatch import in_use, use
 from flowvi.kernels.functions import (
@@ -21,6 +22,7 @@ from flowvi.kernels.step import PlanarStep, RadialStep, planar_step, radial_step
 __all__ = [
     "PlanarStep",
     "RadialStep",
+    "autoregressive_step",
     "coupling_step",
     "in_use",
     "planar_root",

@@ -11,19 +11,9 @@ from torch import Tensor
 
 from flowvi.kernels import dispatch
 from flowvi.kernels.step import Arrays
+from flowvi.kernels.tiles import ACTIVATIONS, tape_shape, whole_vector
 
 __all__ = ["CouplingStep", "coupling_step"]
-
-COLUMNS, CACHE = 256, 32_768
-"""Particles of a tile at most, and the bytes that a network's layer should have there: the nearest cache."""
-
-LANES = 16
-"""Particles of a tile are a multiple of these, with which a vector is full."""
-
-TAPE = 1 << 28
-"""Bytes kept from the way forward beyond which autograd is left to it."""
-
-ACTIVATIONS = {"relu": 1, "tanh": 2, "elu": 3}
 
 
 class CouplingStep:
@@ -57,7 +47,9 @@ class CouplingStep:
         self._module, self.with_score = module, with_score
         like = vectors[0]
         dim, affine = order.shape[1], clip is not None
-        plan, dense, rows, width = [], [], 0, dim
+        plan: list[tuple[int, ...]] = []
+        dense: list[tuple[int, ...]] = []
+        rows, width = 0, dim
         for layers, stays in zip(networks, num_stay, strict=True):
             moves, begin = dim - stays, len(dense)
             for weight, bias in layers:
@@ -69,16 +61,10 @@ class CouplingStep:
             rows += 3 * moves if affine else 0
             plan.append((stays, moves, begin, len(layers), kept, rows))
             rows += layers[-1][0].shape[0]
-        itemsize = like.element_size()
-        most = min(COLUMNS, max(4 * LANES, CACHE // (width * itemsize)))
-        tiles = -(-num_particles // most)
-        columns = -(-num_particles // (tiles * LANES)) * LANES
-        self.tape_bytes = tiles * rows * columns * itemsize
-        if self.tape_bytes > TAPE:
-            return
         made: dict[str, Any] = {"dtype": like.dtype}
         self._z, self._score, self._g_x = (torch.empty(num_particles, dim, **made) for _ in range(3))
-        self._log_det, self._tape = torch.empty(num_particles, **made), torch.empty(tiles, rows, columns, **made)
+        self._log_det = torch.empty(num_particles, **made)
+        self._tape = torch.empty(tape_shape(num_particles, rows, width, like), **made)
         p, grad = (v.detach().numpy() for v in vectors)
         tables = np.array(plan, np.int64), np.array(dense, np.int64), np.ascontiguousarray(order, np.int64)
         kind = ACTIVATIONS[activation]
@@ -114,26 +100,10 @@ def coupling_step(
         **options: likewise.
     """
     each = [p for layers in networks for pair in layers for p in pair]
-    vectors = tuple(_whole(part) for part in (each, [p.grad for p in each]))
+    vectors = tuple(whole_vector(part) for part in (each, [p.grad for p in each]))
     if None in vectors or any(p.grad.storage_offset() != p.storage_offset() for p in each):  # type: ignore[union-attr]
         return None
     module = dispatch.compiled("coupling", *vectors)
     if module is None:
         return None
-    step = CouplingStep(module, networks, vectors, order, num_stay, **options)  # type: ignore[arg-type]
-    return step if step.tape_bytes <= TAPE else None
-
-
-def _whole(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The vector that contiguous tensors are parts of; None where they aren't."""
-    first = parts[0]
-    if first is None:
-        return None
-    storage = first.untyped_storage()
-    for part in parts:
-        if part is None or part.untyped_storage().data_ptr() != storage.data_ptr() or not part.is_contiguous():
-            return None
-    with torch.no_grad():
-        return torch.empty(0, dtype=first.dtype, device=first.device).set_(
-            storage, 0, (storage.nbytes() // first.element_size(),)
-        )
+    return CouplingStep(module, networks, vectors, order, num_stay, **options)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowvi import kernels
 from flowvi.checks import instances, layer_sizes, one_of, shown
 from flowvi.errors import OptionError
 from flowvi.transforms.elementwise import Elementwise, SoftClippedAffine
@@ -155,6 +156,23 @@ class Autoregressive(NetworkTransform):
         y, log_det, new = _WithScore.apply(self, x, score, *weights, *biases)
         y, new = self._unsorted(y), self._unsorted(new)
         return y.reshape(*batch, self.input_dim), log_det.reshape(batch), new.reshape(*batch, self.input_dim)
+
+    def bind(self, num_particles: int, with_score: bool) -> Any:
+        """See `InvertibleMap`: the fast way forward, without a context, for layers that scale and shift."""
+        network, tau = self.network, self.elementwise
+        usual = type(tau) is SoftClippedAffine and self.fast == "forward" and not self.context_dim
+        if not usual or not isinstance(network, MaskedNetwork):
+            return None
+        return kernels.autoregressive_step(
+            [(layer.weight, layer.bias) for layer in network.layers],
+            [layer.mask for layer in network.layers],
+            network._ends,
+            torch.arange(self.input_dim).numpy() if self.order is None else self.order.cpu().numpy(),
+            activation=network.activation,
+            clip=tau.clip,  # type: ignore[attr-defined]
+            num_particles=num_particles,
+            with_score=with_score,
+        )
 
     def extra_repr(self) -> str:
         """What print() shows between the brackets."""

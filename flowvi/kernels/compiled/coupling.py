@@ -2,7 +2,7 @@ r"""Affine and additive coupling layers, networks and all, on tiles of particles
 
 A tile holds its particles by coordinate, (D, T), and goes through all K layers at once. What the way back needs is kept
 in `tape` (tiles, rows, T): the inputs of each dense layer, and for an affine layer what it moved (x), by how much (e^l)
-and dl/da. `plan` (K, 8) and `dense` (all dense layers, 5) say where everything lies; the columns are named below.
+and dl/da. `plan` (K, 6) and `dense` (all dense layers, 5) say where everything lies; the columns have names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 
 from flowvi.kernels.compiled import threads
-from flowvi.kernels.compiled.dense import activate, deactivate, product, pullback, to_weights
+from flowvi.kernels.compiled.dense import (
+    BIAS,
+    NUM_IN,
+    NUM_OUT,
+    ROW,
+    WEIGHT,
+    activate,
+    deactivate,
+    product,
+    pullback,
+    to_weights,
+)
 from flowvi.kernels.compiled.elementary import exp
 from flowvi.kernels.compiled.jit import kernel, stamp
 from flowvi.kernels.compiled.tanh import tanh
@@ -21,9 +32,6 @@ from flowvi.kernels.compiled.tanh import tanh
 STAYS, MOVES, FIRST, DEPTH, KEPT, OUT = 0, 1, 2, 3, 4, 5
 """Of `plan`: how many coordinates stay and move (those of the layer's row of `order`, in that order), its first dense
 layer and their number, and the tape's rows of x, e^l and dl/da, and of the network's output."""
-
-NUM_IN, NUM_OUT, WEIGHT, BIAS, ROW = 0, 1, 2, 3, 4
-"""Of `dense`: sizes, places in the parameters, and the tape's row of its input."""
 
 
 @cache
@@ -93,10 +101,11 @@ def _make_forward(dtype: type, affine: bool, with_score: bool) -> Any:
                                 g[j, c] = pull[d, c]
                 if with_score:
                     for n in range(begin + depth - 1, begin - 1, -1):
-                        pullback(p, dense[n, WEIGHT], dense[n, NUM_IN], dense[n, NUM_OUT], g, h, valid)
+                        num_in, num_out = dense[n, NUM_IN], dense[n, NUM_OUT]
+                        pullback(p, dense[n, WEIGHT], num_in, (0, num_in), (0, num_out), g, h, valid)
                         g, h = h, g
                         if n > begin:
-                            deactivate(kind, g, rows, dense[n, ROW], dense[n, NUM_IN], valid)
+                            deactivate(kind, g, rows, dense[n, ROW], (0, num_in), valid)
                     for j in range(stays):
                         d = order[k, j]
                         for c in range(valid):
@@ -160,10 +169,10 @@ def _make_backward(dtype: type, affine: bool, with_log_det: bool) -> Any:
                 for n in range(begin + depth - 1, begin - 1, -1):
                     num_in, num_out = dense[n, NUM_IN], dense[n, NUM_OUT]
                     to_weights(g, rows, dense[n, ROW], num_in, num_out, grad, dense[n, WEIGHT], dense[n, BIAS], valid)
-                    pullback(p, dense[n, WEIGHT], num_in, num_out, g, h, valid)
+                    pullback(p, dense[n, WEIGHT], num_in, (0, num_in), (0, num_out), g, h, valid)
                     g, h = h, g
                     if n > begin:
-                        deactivate(kind, g, rows, dense[n, ROW], num_in, valid)
+                        deactivate(kind, g, rows, dense[n, ROW], (0, num_in), valid)
                 for j in range(stays):
                     d = order[k, j]
                     for c in range(valid):

@@ -1,8 +1,8 @@
 """Dense layers on a tile of particles, as helpers of kernels: the products of a small network with its points.
 
 A tile is an array of rows, one for each unit, with a particle in every column: the loops run over particles, side by
-side, over the first `size` of them. Weights (out, in), row by row, and biases lie in one flat array, the layer's at `w` and `b`; `first` is where a
-layer's rows begin in the tile's array.
+side, over the first `size` of them. Weights (out, in), row by row, and biases lie in one flat array, the layer's at `w`
+and `b`; `first` is where a layer's rows begin in the tile's array.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import numpy as np
 from flowvi.kernels.compiled.jit import helper
 from flowvi.kernels.compiled.tanh import tanh
 
-LINEAR, RELU, TANH, ELU = 0, 1, 2, 3
+RELU, TANH, ELU = 1, 2, 3
+
+NUM_IN, NUM_OUT, WEIGHT, BIAS, ROW = 0, 1, 2, 3, 4
+"""Columns of a table of dense layers: sizes, places in the parameters, and the row of a tape where its input begins."""
 
 
 @helper()
@@ -52,13 +55,28 @@ def product(
 
 
 @helper()
-def pullback(p: Any, w: int, num_in: int, num_out: int, pull: Any, out: Any, size: int) -> None:
-    """The first rows of out: W' g, of the first rows of pull."""
-    for i in range(num_in):
+def pullback(
+    p: Any, w: int, num_in: int, some: tuple[int, int], by: tuple[int, int], pull: Any, out: Any, size: int
+) -> None:
+    """Rows of out: W' g, of the rows of pull.
+
+    Args:
+        p: the parameters.
+        w: where W begins.
+        num_in: its columns.
+        some: first and last (exclusive) of the inputs, and so of the rows of out.
+        by: likewise of the outputs, and so of the rows of pull.
+        pull: g.
+        out: to fill.
+        size: particles.
+    """
+    low, high = by
+    fours = high - (high - low) % 4
+    for i in range(some[0], some[1]):
         for c in range(size):
             out[i, c] = 0.0
-    for i in range(0, num_in - num_in % 2, 2):
-        for o in range(0, num_out - num_out % 4, 4):
+    for i in range(some[0], some[1] - (some[1] - some[0]) % 2, 2):
+        for o in range(low, fours, 4):
             q = w + o * num_in + i
             a0, a1, a2, a3 = p[q], p[q + num_in], p[q + 2 * num_in], p[q + 3 * num_in]
             b0, b1, b2, b3 = p[q + 1], p[q + num_in + 1], p[q + 2 * num_in + 1], p[q + 3 * num_in + 1]
@@ -66,14 +84,19 @@ def pullback(p: Any, w: int, num_in: int, num_out: int, pull: Any, out: Any, siz
                 g0, g1, g2, g3 = pull[o, c], pull[o + 1, c], pull[o + 2, c], pull[o + 3, c]
                 out[i, c] += a0 * g0 + a1 * g1 + a2 * g2 + a3 * g3
                 out[i + 1, c] += b0 * g0 + b1 * g1 + b2 * g2 + b3 * g3
-        for o in range(num_out - num_out % 4, num_out):
+        for o in range(fours, high):
             a, a_ = p[w + o * num_in + i], p[w + o * num_in + i + 1]
             for c in range(size):
                 g = pull[o, c]
                 out[i, c] += a * g
                 out[i + 1, c] += a_ * g
-    for i in range(num_in - num_in % 2, num_in):
-        for o in range(num_out):
+    for i in range(some[1] - (some[1] - some[0]) % 2, some[1]):
+        for o in range(low, fours, 4):
+            q = w + o * num_in + i
+            a0, a1, a2, a3 = p[q], p[q + num_in], p[q + 2 * num_in], p[q + 3 * num_in]
+            for c in range(size):
+                out[i, c] += a0 * pull[o, c] + a1 * pull[o + 1, c] + a2 * pull[o + 2, c] + a3 * pull[o + 3, c]
+        for o in range(fours, high):
             a = p[w + o * num_in + i]
             for c in range(size):
                 out[i, c] += a * pull[o, c]
@@ -148,10 +171,10 @@ def activate(kind: int, rows: Any, first: int, num: int, size: int) -> None:
 
 
 @helper()
-def deactivate(kind: int, pull: Any, rows: Any, first: int, num: int, size: int) -> None:
-    """Multiply the first rows of pull by the activation's slope, told from its values."""
+def deactivate(kind: int, pull: Any, rows: Any, first: int, some: tuple[int, int], size: int) -> None:
+    """Multiply some rows of pull by the activation's slope, told from its values, which begin at row `first`."""
     zero, one = rows.dtype.type(0), rows.dtype.type(1)
-    for j in range(num):
+    for j in range(some[0], some[1]):
         if kind == RELU:
             for c in range(size):
                 pull[j, c] = zero if rows[first + j, c] <= zero else pull[j, c]

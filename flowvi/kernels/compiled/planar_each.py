@@ -50,7 +50,8 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
         s, square, a, q, v = one, np.empty_like(one), np.empty_like(one), np.empty_like(one), np.empty_like(one)
         by_u, by_w, by_c = np.empty_like(one), np.empty_like(one), np.empty_like(one)
         total, product, low, high = np.empty_like(one), np.empty_like(one), np.empty(ROWS), np.empty(ROWS)
-        data, places, seen = np.empty(ROWS, np.uintp), np.empty(ROWS, np.uintp), np.zeros(1, F)
+        data, places = np.empty(ROWS, np.uintp), np.empty(ROWS, np.uintp)
+        seen: Any = np.zeros(1, F)
         for first in range(start * size, stop * size, ROWS):
             rows = min(ROWS, stop * size - first)
             for j in range(rows):
