@@ -53,8 +53,9 @@ class CouplingStep:
         for layers, stays in zip(networks, num_stay, strict=True):
             moves, begin = dim - stays, len(dense)
             for weight, bias in layers:
-                num_out, num_in = weight.shape
-                dense.append((num_in, num_out, weight.storage_offset(), bias.storage_offset(), rows))
+                num_out, num_in = map(int, weight.shape)
+                places = int(weight.storage_offset()), int(bias.storage_offset())
+                dense.append((num_in, num_out, *places, rows))
                 rows += num_in
                 width = max(width, num_in, num_out)
             kept = rows

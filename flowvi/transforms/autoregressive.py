@@ -161,13 +161,13 @@ class Autoregressive(NetworkTransform):
         """See `InvertibleMap`: the fast way forward, without a context, for layers that scale and shift."""
         network, tau = self.network, self.elementwise
         usual = type(tau) is SoftClippedAffine and self.fast == "forward" and not self.context_dim
-        if not usual or not isinstance(network, MaskedNetwork):
+        if not usual or not isinstance(network, MaskedNetwork) or not network.layers[0].weight.is_cpu:
             return None
         return kernels.autoregressive_step(
             [(layer.weight, layer.bias) for layer in network.layers],
             [layer.mask for layer in network.layers],
             network._ends,
-            torch.arange(self.input_dim).numpy() if self.order is None else self.order.cpu().numpy(),
+            torch.arange(self.input_dim).numpy() if self.order is None else self.order.numpy(),
             activation=network.activation,
             clip=tau.clip,  # type: ignore[attr-defined]
             num_particles=num_particles,

@@ -144,6 +144,8 @@ class Coupling(NetworkTransform):
         kinds = {Additive: None, SoftClippedAffine: getattr(tau, "clip", None)}
         if self.input_dim == 1 or self.context_dim or type(tau) not in kinds or _has_rotation(self.mixings):
             return None
+        if not next(self.parameters()).is_cpu:
+            return None
         networks = [[(cast(Tensor, d.weight), cast(Tensor, d.bias)) for d in n.layers] for n in self.networks]  # type: ignore[union-attr]
         order, num_stay = [], []
         for mixing, pair in self._pairs():
