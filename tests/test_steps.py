@@ -75,6 +75,9 @@ WITH_NETWORKS = [
     ("real_nvp", 14, 1, {"hidden_dims": (6, 5, 4)}),
     ("nice", 5, 3, {"start": 1.0}),
     ("nice", 6, 3, {"hidden_dims": ()}),
+    ("neural_spline", 5, 3, {}),
+    ("neural_spline", 4, 2, {"num_bins": 3, "bound": 1.0, "min_share": 0.1, "min_slope": 0.2}),
+    ("neural_spline", 2, 2, {"num_bins": 2, "activation": "tanh", "hidden_dims": (8,)}),
     ("iaf", 5, 4, {}),
     ("iaf", 2, 2, {"activation": "elu"}),
     ("iaf", 7, 3, {"hidden_dims": (20, 15, 9), "activation": "tanh"}),
@@ -115,7 +118,7 @@ def test_a_step_through_networks_is_the_step_by_autograd(name, dim, num_flows, o
         assert not one(flow, target, flowvi.ELBO(8), tape=False)[0]
 
 
-@pytest.mark.parametrize("name", ["real_nvp", "nice", "iaf"])
+@pytest.mark.parametrize("name", ["real_nvp", "nice", "neural_spline", "iaf"])
 def test_a_step_through_networks_in_single_precision(name):
     flow = with_networks(name, 4, 4, {}, torch.float32)
     target = flowvi.as_density(lambda z: -0.5 * z.square().sum(-1), dim=4, dtype=torch.float32)
@@ -134,6 +137,7 @@ def test_a_step_through_networks_in_single_precision(name):
         ("real_nvp", 1, {}),
         ("iaf", 1, {}),
         ("maf", 3, {}),
+        ("neural_spline", 3, {"kind": "autoregressive"}),
     ],
 )
 def test_networks_that_have_no_kernel_go_by_autograd(name, dim, options):
@@ -142,7 +146,7 @@ def test_networks_that_have_no_kernel_go_by_autograd(name, dim, options):
     assert not one(flow, target, flowvi.PathELBO(8), tape=False)[0]
 
 
-@pytest.mark.parametrize("name", ["real_nvp", "iaf"])
+@pytest.mark.parametrize("name", ["real_nvp", "neural_spline", "iaf"])
 def test_a_particle_that_is_lost_spoils_no_other(name):
     class Lost:
         def value_and_grad(self, z):
@@ -156,7 +160,7 @@ def test_a_particle_that_is_lost_spoils_no_other(name):
     assert torch.allclose(found[2], expected[2], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["real_nvp", "iaf"])
+@pytest.mark.parametrize("name", ["real_nvp", "neural_spline", "iaf"])
 def test_the_same_fit_with_and_without_kernels(name):
     options = {"num_flows": 2, "num_steps": 50, "seed": 0, "progress": False, "verify": False}
     fits = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowvi.kernels import dispatch
 from flowvi.kernels.step import Arrays
-from flowvi.kernels.tiles import ACTIVATIONS, tape_shape
+from flowvi.kernels.tiles import ACTIVATIONS, parameter_vectors, tape_shape
 
 __all__ = ["AutoregressiveStep", "autoregressive_step"]
 
@@ -21,7 +21,8 @@ class AutoregressiveStep:
 
     Args:
         module: the compiled kernels.
-        layers: weights (out, in) and biases (out,) of the network.
+        layers: weights (out, in) and biases (out,) of the network, views of one flat vector.
+        vectors: that vector, and that of their gradients.
         masks: of the weights.
         ends: of each hidden layer, how many units see so many coordinates or fewer, (D,).
         order: the coordinates in the layer's ordering, (D,).
@@ -35,6 +36,7 @@ class AutoregressiveStep:
         self,
         module: Any,
         layers: Sequence[tuple[Tensor, Tensor]],
+        vectors: tuple[Tensor, Tensor],
         masks: Sequence[Tensor],
         ends: Sequence[Sequence[int]],
         order: np.ndarray,
@@ -58,32 +60,22 @@ class AutoregressiveStep:
         self._z, self._score, self._g_x = (torch.empty(num_particles, dim, **made) for _ in range(3))
         self._log_det = torch.empty(num_particles, **made)
         tape = torch.empty(tape_shape(num_particles, rows, width, like), **made)
-        # The masked weights and their gradients, in memory of their own; views of both for each weight and bias.
-        own, grad = torch.zeros(place, **made), torch.zeros(place, **made)
-        self._each = [p.detach() for pair in layers for p in pair]
-        self._grads: list[Any] = [p.grad for pair in layers for p in pair]
-        self._masks = [m for mask in masks for m in (mask.to(like.dtype), None)]
-        sizes, shapes = [p.numel() for p in self._each], [p.shape for p in self._each]
-        self._own, self._own_grads = (
-            [part.view(s) for part, s in zip(v.split(sizes), shapes, strict=True)] for v in (own, grad)
-        )
+        own, grad, mask = torch.zeros(place, **made), torch.zeros(place, **made), torch.ones(place, **made)
+        for (num_in, num_out, start, *_), given in zip(dense, masks, strict=True):
+            mask[start : start + num_in * num_out] = given.reshape(-1).to(like.dtype)
         tables = np.array(dense, np.int64), np.ascontiguousarray(order, np.int64)
         seen = np.array(ends, np.int64).reshape(-1, dim)
-        kind = ACTIVATIONS[activation]
-        self._forward = (own.numpy(), *tables, seen, kind, float(clip), width)
-        self._backward = (own.numpy(), *tables, kind, width, tape.numpy(), self._g_x.numpy(), grad.numpy())
+        places = np.array([[int(p.storage_offset()) for p in pair] for pair in layers], np.int64)
+        kind, (values, grads) = ACTIVATIONS[activation], (v.detach().numpy() for v in vectors)
+        shared = (places, mask.numpy(), own.numpy(), *tables)
+        self._forward = (values, *shared, seen, kind, float(clip), width)
+        self._backward = (grads, *shared, kind, width, tape.numpy(), self._g_x.numpy(), grad.numpy())
         out = self._score.numpy() if with_score else None
         self._out = self._z.numpy(), self._log_det.numpy(), out, tape.numpy()
         self._arrays = Arrays()
 
     def forward(self, x: Tensor, score: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Z (S, D), log|det dz/dx| (S,) and the score at z, from x and the score at x (None: -x)."""
-        with torch.no_grad():
-            for own, p, mask in zip(self._own, self._each, self._masks, strict=True):
-                if mask is None:
-                    own.copy_(p)
-                else:
-                    torch.mul(p, mask, out=own)
         given = self._arrays("x", x)
         start, sign = (given, -1.0) if score is None else (self._arrays("score", score), 1.0)
         self._module.forward(given, start, sign, *self._forward, *self._out)
@@ -93,26 +85,19 @@ class AutoregressiveStep:
         """The cotangent of x (S, D) from those of z (S, D) and log|det| (S,); fills the parameters' gradients."""
         pull = self._arrays("g_z", g_z), self._arrays("g_log_det", g_log_det)
         self._module.backward(*pull, *self._backward)
-        for own, grad, mask in zip(self._own_grads, self._grads, self._masks, strict=True):
-            if mask is None:
-                grad.copy_(own)
-            else:
-                torch.mul(own, mask, out=grad)
         return self._g_x
 
 
 def autoregressive_step(
     layers: Sequence[tuple[Tensor, Tensor]], *args: Any, **options: Any
 ) -> AutoregressiveStep | None:
-    """The step, where there are kernels for it and the parameters have a ``.grad``.
+    """The step, where it can be: parameters in one vector on the CPU, gradients in another, and kernels at hand.
 
     Args:
-        layers: weights (out, in) and biases (out,) of the network.
+        layers: weights (out, in) and biases (out,) of the network, with their ``.grad``.
         *args: see `AutoregressiveStep`.
         **options: likewise.
     """
-    each = [p for pair in layers for p in pair]
-    if any(p.grad is None for p in each):
-        return None
-    module = dispatch.compiled("autoregressive", *each)
-    return None if module is None else AutoregressiveStep(module, layers, *args, **options)
+    vectors = parameter_vectors([p for pair in layers for p in pair])
+    module = None if vectors is None else dispatch.compiled("autoregressive", *vectors)
+    return None if module is None else AutoregressiveStep(module, layers, vectors, *args, **options)  # type: ignore[arg-type]

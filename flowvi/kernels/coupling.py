@@ -11,9 +11,13 @@ from torch import Tensor
 
 from flowvi.kernels import dispatch
 from flowvi.kernels.step import Arrays
-from flowvi.kernels.tiles import ACTIVATIONS, tape_shape, whole_vector
+from flowvi.kernels.tiles import ACTIVATIONS, parameter_vectors, tape_shape
 
 __all__ = ["CouplingStep", "coupling_step"]
+
+
+TAUS = {"additive": 0, "affine": 1, "spline": 2}
+"""As `flowvi.kernels.compiled.coupling` numbers them, without importing numba."""
 
 
 class CouplingStep:
@@ -22,11 +26,12 @@ class CouplingStep:
     Args:
         module: the compiled kernels.
         networks: of each layer, weights (out, in) and biases (out,), all of them views of one flat vector.
-        grads: their gradients, views of another.
+        vectors: that vector, and that of their gradients.
         order: (K, D), the coordinates of each layer: those that stay, then those that move.
         num_stay: of each layer, how many stay.
         activation: between a network's layers.
-        clip: of the log-scales; None: the layers are additive.
+        tau: what moves a coordinate: "additive", "affine" or "spline".
+        fixed: an affine one's clip; a spline's K, B, min_share and min_slope.
         num_particles: S.
         with_score: whether `forward` carries the score.
     """
@@ -40,13 +45,17 @@ class CouplingStep:
         num_stay: Sequence[int],
         *,
         activation: str,
-        clip: float | None,
+        tau: str,
+        fixed: Sequence[float],
         num_particles: int,
         with_score: bool,
     ) -> None:
         self._module, self.with_score = module, with_score
         like = vectors[0]
-        dim, affine = order.shape[1], clip is not None
+        dim, kept_each = (
+            order.shape[1],
+            {"additive": 0, "affine": 3, "spline": 3 * int(fixed[0]) + 11 if fixed else 0}[tau],
+        )
         plan: list[tuple[int, ...]] = []
         dense: list[tuple[int, ...]] = []
         rows, width = 0, dim
@@ -59,7 +68,7 @@ class CouplingStep:
                 rows += num_in
                 width = max(width, num_in, num_out)
             kept = rows
-            rows += 3 * moves if affine else 0
+            rows += kept_each * moves
             plan.append((stays, moves, begin, len(layers), kept, rows))
             rows += layers[-1][0].shape[0]
         made: dict[str, Any] = {"dtype": like.dtype}
@@ -69,8 +78,11 @@ class CouplingStep:
         p, grad = (v.detach().numpy() for v in vectors)
         tables = np.array(plan, np.int64), np.array(dense, np.int64), np.ascontiguousarray(order, np.int64)
         kind = ACTIVATIONS[activation]
-        self._forward = (p, *tables, kind, affine, float(clip or 1.0), width)
-        self._backward = (p, *tables, kind, affine, width, self._tape.numpy(), self._g_x.numpy(), grad)
+        numbers = np.ones(4)
+        numbers[: len(fixed)] = fixed
+        options = (kind, TAUS[tau], numbers, width)
+        self._forward = (p, *tables, *options)
+        self._backward = (p, *tables, *options, self._tape.numpy(), self._g_x.numpy(), grad)
         out = self._score.numpy() if with_score else None
         self._out = self._z.numpy(), self._log_det.numpy(), out, self._tape.numpy()
         self._arrays = Arrays()
@@ -100,11 +112,8 @@ def coupling_step(
         num_stay: likewise.
         **options: likewise.
     """
-    each = [p for layers in networks for pair in layers for p in pair]
-    vectors = tuple(whole_vector(part) for part in (each, [p.grad for p in each]))
-    if None in vectors or any(p.grad.storage_offset() != p.storage_offset() for p in each):  # type: ignore[union-attr]
+    vectors = parameter_vectors([p for layers in networks for pair in layers for p in pair])
+    module = None if vectors is None else dispatch.compiled("coupling", *vectors)
+    if vectors is None or module is None:
         return None
-    module = dispatch.compiled("coupling", *vectors)
-    if module is None:
-        return None
-    return CouplingStep(module, networks, vectors, order, num_stay, **options)  # type: ignore[arg-type]
+    return CouplingStep(module, networks, vectors, order, num_stay, **options)

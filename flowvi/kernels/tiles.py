@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "tape_shape", "whole_vector"]
+__all__ = ["ACTIVATIONS", "parameter_vectors", "tape_shape"]
 
 COLUMNS, CACHE = 256, 32_768
 """Particles of a tile at most, and the bytes that a network's layer should have there: the nearest cache."""
@@ -33,7 +33,17 @@ def tape_shape(num_particles: int, rows: int, width: int, like: Tensor) -> tuple
     return tiles, rows, -(-num_particles // (tiles * LANES)) * LANES
 
 
-def whole_vector(parts: Sequence[Tensor | None]) -> Tensor | None:
+def parameter_vectors(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The vectors that parameters and their gradients are views of, alike in both; None where there are none."""
+    grads = [p.grad for p in parameters]
+    vectors = _whole(parameters), _whole(grads)
+    if vectors[0] is None or vectors[1] is None:
+        return None
+    alike = all(g.storage_offset() == p.storage_offset() for p, g in zip(parameters, grads, strict=True))  # type: ignore[union-attr]
+    return vectors if alike else None  # type: ignore[return-value]
+
+
+def _whole(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The vector that contiguous tensors are parts of; None where they aren't."""
     first = parts[0]
     if first is None:

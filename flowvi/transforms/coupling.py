@@ -139,10 +139,9 @@ class Coupling(NetworkTransform):
         return y.reshape(x.shape), log_det.reshape(batch), new.reshape(x.shape)
 
     def bind(self, num_particles: int, with_score: bool) -> Any:
-        """See `InvertibleMap`: without a context, for layers that shift or scale, between permutations."""
-        tau = self.elementwise
-        kinds = {Additive: None, SoftClippedAffine: getattr(tau, "clip", None)}
-        if self.input_dim == 1 or self.context_dim or type(tau) not in kinds or _has_rotation(self.mixings):
+        """See `InvertibleMap`: without a context, for maps that have a kernel, between permutations."""
+        kernel = self.elementwise.kernel
+        if kernel is None or self.input_dim == 1 or self.context_dim or _has_rotation(self.mixings):
             return None
         if not next(self.parameters()).is_cpu:
             return None
@@ -160,7 +159,8 @@ class Coupling(NetworkTransform):
             torch.stack(order).numpy(),
             num_stay,
             activation=self.activation,
-            clip=kinds[type(tau)],
+            tau=kernel[0],
+            fixed=kernel[1],
             num_particles=num_particles,
             with_score=with_score,
         )

@@ -24,6 +24,11 @@ class Elementwise:
     num_params: int
     """P, parameters per coordinate."""
 
+    @property
+    def kernel(self) -> tuple[str, tuple[float, ...]] | None:
+        """Its name among those that compiled layers know (`flowvi.kernels.coupling`), and its numbers; or None."""
+        return None
+
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Y (..., n) and log tau'(x) (..., n) at x (..., n) and params (..., n, P)."""
         raise NotImplementedError
@@ -79,6 +84,7 @@ class Additive(Elementwise):
     """tau(x) = x + t: keeps volumes (NICE, Dinh et al. 2015, arXiv:1410.8516, section 3.2). P = 1."""
 
     num_params = 1
+    kernel = ("additive", ())
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """See `Elementwise`."""
@@ -120,6 +126,11 @@ class SoftClippedAffine(Elementwise):
     def __init__(self, clip: float = 3.0) -> None:
         positive_numbers(clip=clip)
         self.clip = clip
+
+    @property
+    def kernel(self) -> tuple[str, tuple[float, ...]] | None:
+        """See `Elementwise`; a class of its own may be another map."""
+        return ("affine", (float(self.clip),)) if type(self) is SoftClippedAffine else None
 
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, a = params.unbind(-1)

@@ -121,6 +121,12 @@ class RationalQuadratic(Elementwise):
         self.box = Box(num_bins, float(bound), float(min_share), float(min_slope))
         self.num_params = 3 * num_bins - 1
 
+    @property
+    def kernel(self) -> tuple[str, tuple[float, ...]] | None:
+        """See `Elementwise`."""
+        box = self.box
+        return "spline", (box.num_bins, box.bound, box.min_share, box.min_slope)
+
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """See `Elementwise`."""
         y, log_slope, *_ = _apply(self, x, params, inverse=False)

@@ -1,8 +1,10 @@
 r"""One affine autoregressive layer the fast way, network and all, on tiles of particles.
 
 The mathematics is that of `flowvi.transforms.autoregressive`. A tile holds its particles by coordinate, in the layer's
-ordering, (D, T). `tape` (tiles, rows, T) keeps the inputs of each dense layer, and x, e^l and dl/da. Weights come
-masked, `p` and their gradient, which is masked by who calls.
+ordering, (D, T). `tape` (tiles, rows, T) keeps the inputs of each dense layer, and x, e^l and dl/da.
+
+`place` (L, 2) says where the weights and biases of each dense layer lie among all parameters; they are copied, masked,
+to where `dense` (L, 5) says, and their gradients back.
 
 The path score is a triangular solve, last coordinate first. Hidden units are sorted by how many coordinates they see,
 `ends` (hidden layers, D): how many units see so many or fewer. So each unit's cotangent is found once.
@@ -31,6 +33,27 @@ from flowvi.kernels.compiled.dense import (
 from flowvi.kernels.compiled.elementary import exp
 from flowvi.kernels.compiled.jit import kernel, stamp
 from flowvi.kernels.compiled.tanh import tanh
+
+
+@cache
+def _make_masks(dtype: type) -> Any:
+    TAG = stamp()
+
+    @kernel
+    def masks(values: Any, place: Any, dense: Any, mask: Any, own: Any, back: bool) -> int:
+        """Own = mask * values; with `back` values = mask * own."""
+        for n in range(dense.shape[0]):
+            for part, size in ((0, dense[n, NUM_IN] * dense[n, NUM_OUT]), (1, dense[n, NUM_OUT])):
+                there, here = place[n, part], dense[n, WEIGHT + part]
+                if back:
+                    for q in range(size):
+                        values[there + q] = mask[here + q] * own[here + q]
+                else:
+                    for q in range(size):
+                        own[here + q] = mask[here + q] * values[there + q]
+        return TAG
+
+    return masks
 
 
 @cache
@@ -165,8 +188,8 @@ def _parts(dense: Any, tape: Any) -> list[tuple[int, int]]:
 
 
 def forward(
-    x: Any, score: Any, sign: float, p: Any, dense: Any, order: Any, ends: Any, kind: int, clip: float, width: int,
-    y: Any, log_det: Any, out_score: Any, tape: Any,
+    x: Any, score: Any, sign: float, values: Any, place: Any, mask: Any, p: Any, dense: Any, order: Any, ends: Any,
+    kind: int, clip: float, width: int, y: Any, log_det: Any, out_score: Any, tape: Any,
 ) -> None:  # fmt: skip
     """Fill y (S, D), log_det (S,), out_score (unless it is None) and tape from x and sign * score, the score at x.
 
@@ -174,7 +197,10 @@ def forward(
         x: points, (S, D).
         score: (S, D).
         sign: 1 or -1.
-        p: weights, masked, and biases, flat.
+        values: all parameters.
+        place: (L, 2).
+        mask: of the weights; 1 for biases.
+        p: to fill with weights, masked, and biases.
         dense: the dense layers, (L, 5).
         order: (D,), the coordinates in the layer's ordering.
         ends: (hidden layers, D).
@@ -186,6 +212,7 @@ def forward(
         out_score: to fill.
         tape: to fill, (tiles, rows, T).
     """
+    _make_masks(p.dtype.type)(values, place, dense, mask, p, False)
     kernel_ = _make_forward(p.dtype.type, out_score is not None)
     if out_score is None:
         score, out_score = x, y  # placeholders that aren't read
@@ -194,9 +221,13 @@ def forward(
 
 
 def backward(
-    g_y: Any, g_log_det: Any, p: Any, dense: Any, order: Any, kind: int, width: int, tape: Any, g_x: Any, grad: Any
-) -> None:
-    """Fill the gradients to x and, in `grad`, to what p holds; g_log_det None is zero."""
+    g_y: Any, g_log_det: Any, values: Any, place: Any, mask: Any, p: Any, dense: Any, order: Any, kind: int, width: int,
+    tape: Any, g_x: Any, grad: Any,
+) -> None:  # fmt: skip
+    """Fill the gradients to x and, in `values`, to the network's parameters; g_log_det None is zero.
+
+    `grad`, like p, is to fill with the gradient to what p holds.
+    """
     kernel_ = _make_backward(p.dtype.type, g_log_det is not None)
     weight = p if g_log_det is None else g_log_det  # p: a placeholder that isn't read
     args, parts = (g_y, weight, p, dense, order, kind, width, tape, g_x), _parts(dense, tape)
@@ -208,3 +239,4 @@ def backward(
 
     for more in threads.run(task, parts)[1:]:
         grad += more
+    _make_masks(p.dtype.type)(values, place, dense, mask, grad, True)

@@ -1,8 +1,9 @@
-r"""Affine and additive coupling layers, networks and all, on tiles of particles; see `flowvi.transforms.coupling`.
+r"""Coupling layers, networks and all, on tiles of particles; see `flowvi.transforms.coupling`.
 
 A tile holds its particles by coordinate, (D, T), and goes through all K layers at once. What the way back needs is kept
-in `tape` (tiles, rows, T): the inputs of each dense layer, and for an affine layer what it moved (x), by how much (e^l)
-and dl/da. `plan` (K, 6) and `dense` (all dense layers, 5) say where everything lies; the columns have names.
+in `tape` (tiles, rows, T): the inputs of each dense layer, for an affine layer what it moved (x), by how much (e^l) and
+dl/da, and for a spline what `spline` says. `plan` (K, 6) and `dense` (all dense layers, 5) say where everything lies;
+the columns have names.
 """
 
 from __future__ import annotations
@@ -27,20 +28,24 @@ from flowvi.kernels.compiled.dense import (
 )
 from flowvi.kernels.compiled.elementary import exp
 from flowvi.kernels.compiled.jit import kernel, stamp
+from flowvi.kernels.compiled.spline import spline_forward, spline_pull
 from flowvi.kernels.compiled.tanh import tanh
+
+ADDITIVE, AFFINE, SPLINE = 0, 1, 2
+"""What moves a coordinate; `fixed` holds the clip of an affine one, and a spline's K, B, min_share and min_slope."""
 
 STAYS, MOVES, FIRST, DEPTH, KEPT, OUT = 0, 1, 2, 3, 4, 5
 """Of `plan`: how many coordinates stay and move (those of the layer's row of `order`, in that order), its first dense
-layer and their number, and the tape's rows of x, e^l and dl/da, and of the network's output."""
+layer and their number, and the tape's rows of what is kept of its map, and of the network's output."""
 
 
 @cache
-def _make_forward(dtype: type, affine: bool, with_score: bool) -> Any:
+def _make_forward(dtype: type, tau: int, with_score: bool) -> Any:
     F, TAG = dtype, stamp()
 
     @kernel
     def forward(
-        x: Any, score: Any, sign: float, p: Any, plan: Any, dense: Any, order: Any, kind: int, clip: float, width: int,
+        x: Any, score: Any, sign: float, p: Any, plan: Any, dense: Any, order: Any, kind: int, fixed: Any, width: int,
         y: Any, log_det: Any, out_score: Any, tape: Any, start: int, stop: int,
     ) -> int:  # fmt: skip
         size, dim = x.shape
@@ -48,7 +53,7 @@ def _make_forward(dtype: type, affine: bool, with_score: bool) -> Any:
         z, pull = np.empty((dim, columns), F), np.empty((dim, columns), F)
         g, h = np.empty((width, columns), F), np.empty((width, columns), F)
         volume = np.empty(columns, F)
-        c_, per_clip = F(clip), F(1.0 / clip)
+        c_, per_clip, ones = F(fixed[0]), F(1.0 / fixed[0]), np.ones(columns, F)
         for tile in range(start, stop):
             rows = tape[tile]
             first = tile * columns
@@ -75,9 +80,16 @@ def _make_forward(dtype: type, affine: bool, with_score: bool) -> Any:
                     )  # fmt: skip
                     if not last:
                         activate(kind, rows, to, dense[n, NUM_OUT], valid)
-                for j in range(moves):
-                    d = order[k, stays + j]
-                    if affine:
+                if tau == SPLINE:
+                    bins, bound, share = int(fixed[0]), fixed[1], fixed[2]
+                    spline_forward(
+                        rows, out, kept, moves, bins, bound, share, fixed[3], z, order[k], stays, volume, valid
+                    )
+                    if with_score:
+                        spline_pull(rows, kept, moves, bins, bound, share, pull, order[k], stays, ones, True, g, valid)
+                if tau == AFFINE:
+                    for j in range(moves):
+                        d = order[k, stays + j]
                         for c in range(valid):
                             t = tanh(rows[out + 2 * j + 1, c] * per_clip)
                             scale = F(exp(np.float64(c_ * t)))
@@ -94,7 +106,9 @@ def _make_forward(dtype: type, affine: bool, with_score: bool) -> Any:
                                 g[2 * j + 1, c] = rows[kept + 2 * moves + j, c] * (F(1) + old * rows[kept + j, c])
                             for c in range(valid):
                                 pull[d, c] = g[2 * j, c]
-                    else:
+                if tau == ADDITIVE:
+                    for j in range(moves):
+                        d = order[k, stays + j]
                         for c in range(valid):
                             z[d, c] += rows[out + j, c]
                             if with_score:
@@ -122,13 +136,13 @@ def _make_forward(dtype: type, affine: bool, with_score: bool) -> Any:
 
 
 @cache
-def _make_backward(dtype: type, affine: bool, with_log_det: bool) -> Any:
+def _make_backward(dtype: type, tau: int, with_log_det: bool) -> Any:
     F, TAG = dtype, stamp()
 
     @kernel
     def backward(
-        g_y: Any, g_log_det: Any, p: Any, plan: Any, dense: Any, order: Any, kind: int, width: int, tape: Any,
-        g_x: Any, grad: Any, start: int, stop: int,
+        g_y: Any, g_log_det: Any, p: Any, plan: Any, dense: Any, order: Any, kind: int, fixed: Any, width: int,
+        tape: Any, g_x: Any, grad: Any, start: int, stop: int,
     ) -> int:  # fmt: skip
         size, dim = g_y.shape
         columns = tape.shape[2]
@@ -151,9 +165,12 @@ def _make_backward(dtype: type, affine: bool, with_log_det: bool) -> Any:
             for k in range(plan.shape[0] - 1, -1, -1):
                 stays, moves, begin, depth = plan[k, STAYS], plan[k, MOVES], plan[k, FIRST], plan[k, DEPTH]
                 kept = plan[k, KEPT]
-                for j in range(moves):
-                    d = order[k, stays + j]
-                    if affine:
+                if tau == SPLINE:
+                    bins, bound, share = int(fixed[0]), fixed[1], fixed[2]
+                    spline_pull(rows, kept, moves, bins, bound, share, pull, order[k], stays, volume, False, g, valid)
+                if tau == AFFINE:
+                    for j in range(moves):
+                        d = order[k, stays + j]
                         for c in range(valid):
                             to_y = pull[d, c]
                             to_x = to_y * rows[kept + moves + j, c]
@@ -163,7 +180,9 @@ def _make_backward(dtype: type, affine: bool, with_log_det: bool) -> Any:
                             g[2 * j, c] = to_y
                             g[2 * j + 1, c] = to_l * rows[kept + 2 * moves + j, c]
                             pull[d, c] = to_x
-                    else:
+                if tau == ADDITIVE:
+                    for j in range(moves):
+                        d = order[k, stays + j]
                         for c in range(valid):
                             g[j, c] = pull[d, c]
                 for n in range(begin + depth - 1, begin - 1, -1):
@@ -192,7 +211,7 @@ def _parts(plan: Any, dense: Any, tape: Any) -> list[tuple[int, int]]:
 
 
 def forward(
-    x: Any, score: Any, sign: float, p: Any, plan: Any, dense: Any, order: Any, kind: int, affine: bool, clip: float,
+    x: Any, score: Any, sign: float, p: Any, plan: Any, dense: Any, order: Any, kind: int, tau: int, fixed: Any,
     width: int, y: Any, log_det: Any, out_score: Any, tape: Any,
 ) -> None:  # fmt: skip
     """Fill y (S, D), log_det (S,), out_score (unless it is None) and tape from x and sign * score, the score at x.
@@ -206,29 +225,30 @@ def forward(
         dense: (all dense layers, 5).
         order: (K, D), the coordinates of each layer: those that stay, then those that move.
         kind: the activation.
-        affine: whether the layers scale.
-        clip: of the log-scales.
+        tau: what moves a coordinate.
+        fixed: the numbers that belong to it, (4,) in float64.
         width: the most rows that a network's layer has.
         y: to fill.
         log_det: to fill.
         out_score: to fill.
         tape: to fill, (tiles, rows, T).
     """
-    kernel_ = _make_forward(p.dtype.type, affine, out_score is not None)
+    kernel_ = _make_forward(p.dtype.type, tau, out_score is not None)
     if out_score is None:
         score, out_score = x, y  # placeholders that aren't read
-    args = (x, score, sign, p, plan, dense, order, kind, clip, width, y, log_det, out_score, tape)
+    args = (x, score, sign, p, plan, dense, order, kind, fixed, width, y, log_det, out_score, tape)
     threads.run(lambda start, stop: kernel_(*args, start, stop), _parts(plan, dense, tape))
 
 
 def backward(
-    g_y: Any, g_log_det: Any, p: Any, plan: Any, dense: Any, order: Any, kind: int, affine: bool, width: int, tape: Any,
-    g_x: Any, grad: Any,
+    g_y: Any, g_log_det: Any, p: Any, plan: Any, dense: Any, order: Any, kind: int, tau: int, fixed: Any, width: int,
+    tape: Any, g_x: Any, grad: Any,
 ) -> None:  # fmt: skip
     """Fill the gradients to x and, in `grad`, which lies as p does, to the networks; g_log_det None is zero."""
-    kernel_ = _make_backward(p.dtype.type, affine, g_log_det is not None)
+    kernel_ = _make_backward(p.dtype.type, tau, g_log_det is not None)
     weight = p if g_log_det is None else g_log_det  # p: a placeholder that isn't read
-    args, parts = (g_y, weight, p, plan, dense, order, kind, width, tape, g_x), _parts(plan, dense, tape)
+    args = (g_y, weight, p, plan, dense, order, kind, fixed, width, tape, g_x)
+    parts = _parts(plan, dense, tape)
     if len(parts) == 1:
         kernel_(*args, grad, *parts[0])
         return
