@@ -15,6 +15,9 @@ __all__ = ["keep", "tidy"]
 
 _ATEN = torch.ops.aten
 
+TALL = 16
+"""Rows for a column from which on a product is made as that of the transposes, and transposed."""
+
 _SAME_MEMORY = (_ATEN.detach.default, _ATEN.alias.default)
 _LITERALS = (_ATEN.lift_fresh.default, _ATEN.lift_fresh_copy.default)
 """What a number written in the code becomes a tensor by."""
@@ -188,9 +191,15 @@ def _multiply(graph: fx.Graph, node: fx.Node) -> None:
         return
     transposed: Any = _ATEN.t.default
     product: Callable[..., Any] = linear
+
+    def turned(value: Any) -> Any:
+        return value.args[0] if value.target is transposed else graph.call_function(transposed, (value,))
+
     with graph.inserting_before(node):
-        weight = right.args[0] if right.target is transposed else graph.call_function(transposed, (right,))
-        better = graph.call_function(product, (x, weight, bias))
+        if bias is None and given.shape[0] >= TALL * size_out:  # (A B)' = B' A' is as much work, in longer rows
+            better = graph.call_function(transposed, (graph.call_function(product, (turned(right), x, None)),))
+        else:
+            better = graph.call_function(product, (x, turned(right), bias))
     better.meta["like"] = node.meta["like"]
     node.replace_all_uses_with(better)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["linear", "pays"]
 
-LEAST = 2_000_000
+LEAST = 1_500_000
 """Multiplications below which calling oneDNN costs more than it saves."""
 
 
