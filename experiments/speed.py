@@ -1,4 +1,4 @@
-"""Speed: flowvi against Pyro, normflows, zuko and flowjax, and how the cost grows with K, D and S.
+"""Speed: flowvi against Pyro, normflows, zuko, flowjax and numpyro, and how the cost grows with K, D and S.
 
 Everything that is compared runs interleaved in one process; each choice of threads has a process of its own. The
 cases are in `experiments.speed_cases`, the others' steps in `experiments.speed_peers`.
@@ -136,15 +136,17 @@ def _notes(config: Config) -> list[str]:
         "whole step: draws, flow, energy, gradient, Adam. U2 in two dimensions, Neal's funnel above. flowvi's has "
         "the path score, the log-variance gradient and an affine layer (full at D 2, else diagonal), which the "
         "others' have not. flowjax's is one jitted function whose result is waited for once a round. Pyro's is "
-        "SVI.step with AutoNormalizingFlow and vectorized particles. the couplings of zuko and "
-        "normflows have flowvi's layers, widths and bins; normflows' spline networks are residual.",
+        "SVI.step with AutoNormalizingFlow and vectorized particles. Couplings and "
+        "autoregressive layers have the same number of layers, units and bins everywhere; normflows' spline networks "
+        "are residual.",
         "eight schools: flowvi's is fit's step on the model's program; Pyro's is SVI.step on the same "
         "model, which broadcasts over particles.",
         "slope: least squares through the larger half of a sweep's sizes, in logarithms.",
         "start: a new process for each number; the first step is a fit of one step, after the import, with compiled "
         "kernels in the disk cache, and byte code written, as it is where pip installed.",
         "amortized: the paper's model of images (784 pixels, 40 latents, 400 maxout units of 4), the parameters of a "
-        "datum's K layers from 64 hidden units; beside it the same step with K = 0.",
+        "datum's K layers from 64 hidden units; beside it the same step with K = 0. The diagonal Gaussian is that with "
+        "K = 0; numpyro's is its SVI.update, jitted, on the same model and networks.",
     ]
     if absent:
         notes.insert(-1, f"Not installed, so left out: {', '.join(absent)} (pip install 'flowvi[peers]').")

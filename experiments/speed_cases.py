@@ -47,6 +47,9 @@ SCHOOLS = {
 
 AFFINE, NECK = "flowvi, K 0", 64
 
+IMAGES = 784, 40, 400, 4
+"""Of the paper's model of images: pixels, latents, maxout units and their window."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -58,7 +61,7 @@ class Config:
     seed: int = 0
     threads: tuple[str, ...] = ("one", "all")
     """ "one" is one CPU core for the whole process, and "all" is all of them."""
-    peers: tuple[str, ...] = ("pyro", "normflows", "zuko", "flowjax")
+    peers: tuple[str, ...] = ("pyro", "normflows", "zuko", "flowjax", "numpyro")
     """Who is compared, where installed."""
     rounds: int = 25
     sweep_rounds: int = 9
@@ -82,7 +85,11 @@ class Config:
         (2, 4096, 32, {"flowjax": 1 / 0.4}),
         (1000, 256, 32, {"flowjax": 1 / 0.06}),
     )
-    couplings: tuple[tuple[str, int, int, int], ...] = (("real_nvp", 10, 256, 8), ("neural_spline", 10, 256, 4))
+    networks: tuple[tuple[str, int, int, int], ...] = (
+        ("real_nvp", 10, 256, 8),
+        ("neural_spline", 10, 256, 4),
+        ("iaf", 10, 256, 4),
+    )
     schools: tuple[int, int, float] | None = (256, 16, 15)
     """S and K of the step on eight schools, and the aim."""
     amortized: tuple[int, int, float] | None = (100, 80, 1 / 1.3)
@@ -159,8 +166,8 @@ def flowvi_step(spec: flowvi.FlowSpec, target: Any, num_particles: int, seed: in
 def amortized_step(batch_size: int, num_flows: int, shared_directions: bool, seed: int) -> Run:
     """One step of `flowvi.fit(encoder=...)` on the paper's model of images, with K layers of each datum's own."""
     torch.manual_seed(seed)
-    dlgm = DLGM(784, 40, 400, 4, "bernoulli")
-    data = Batches.of(((torch.rand(10 * batch_size, 784) < 0.13).float(),), {}, None)
+    dlgm = DLGM(*IMAGES, "bernoulli")
+    data = Batches.of(((torch.rand(10 * batch_size, IMAGES[0]) < 0.13).float(),), {}, None)
     options: dict[str, Any] = {}
     if num_flows:
         options = {"hidden_dims": (NECK,), "shared_directions": shared_directions}
@@ -286,10 +293,12 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
     def stack(family: str, *sizes: int) -> Callable[[], dict[str, Run]]:
         return lambda: {"flowvi": flowvi_stack(family, *sizes), "pyro": speed_peers.pyro_stack(family, *sizes)}
 
-    def coupling(name: str, dim: int, size: int, k: int) -> Callable[[], dict[str, Run]]:
+    def network(name: str, dim: int, size: int, k: int) -> Callable[[], dict[str, Run]]:
         bins = {"num_bins": speed_peers.BINS} if name == "neural_spline" else {}
         spec = flowvi.FlowSpec(name, dim, k, "diag", {"hidden_dims": speed_peers.HIDDEN, **bins})
-        make = {"zuko": speed_peers.zuko_step, "normflows": speed_peers.normflows_coupling_step}
+        make: dict[str, Callable[..., Run]] = {"flowjax": partial(speed_peers.flowjax_network_step, seed=config.seed)}
+        if name != "iaf":  # zuko's and normflows' go the other way
+            make |= {"zuko": speed_peers.zuko_step, "normflows": speed_peers.normflows_coupling_step}
         return lambda: {
             "flowvi": flowvi_step(spec, energy(dim), size, config.seed),
             **{peer: make[peer](name, dim, size, k) for peer in peers if peer in make},
@@ -300,10 +309,10 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
             yield what("stack", family, dim, size, k), config.rounds, {"pyro": aim}, stack(family, dim, size, k)
     for dim, size, k, aims in config.steps:
         yield what("step", "planar", dim, size, k), config.rounds, aims, planar(dim, size, k)
-    for name, dim, size, k in config.couplings:
-        if {"zuko", "normflows"} & set(peers):
-            aims = {"zuko": 1.0, "normflows": 1.0}
-            yield what("step", name, dim, size, k), config.rounds, aims, coupling(name, dim, size, k)
+    for name, dim, size, k in config.networks:
+        if ({"flowjax"} if name == "iaf" else {"zuko", "normflows", "flowjax"}) & set(peers):
+            aims = {"zuko": 1.0, "normflows": 1.0, "flowjax": 1.0}
+            yield what("step", name, dim, size, k), config.rounds, aims, network(name, dim, size, k)
     if config.schools is not None and "pyro" in peers:
         size, k, aim = config.schools
         yield what("model", "eight schools", 10, size, k), config.rounds, {"pyro": aim}, lambda: _schools(config)
@@ -311,11 +320,14 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
         size, k, aim = config.amortized
         for shared, words in ((True, "shared"), (False, "each datum's own")):
             yield (
-                what("step", f"amortized planar, with its networks; directions: {words}", 40, size, k),
+                what("step", f"amortized planar, with its networks; directions: {words}", IMAGES[1], size, k),
                 config.rounds,
                 {AFFINE: aim},
                 partial(_amortized, size, k, shared, config.seed),
             )
+        if "numpyro" in peers:
+            case = what("step", "amortized diagonal Gaussian, with its networks", IMAGES[1], size, 0)
+            yield case, config.rounds, {"numpyro": 1.0}, partial(_amortized_numpyro, size, config.seed)
     for k in config.sweep_k:
         yield what("sweep", "K", 2, 256, k), config.sweep_rounds, {}, planar(2, 256, k)
     for dim in config.sweep_d:
@@ -327,6 +339,13 @@ def _cases(config: Config, peers: list[str]) -> Iterator[Case]:
 def _amortized(batch_size: int, num_flows: int, shared_directions: bool, seed: int) -> dict[str, Run]:
     return {
         who: amortized_step(batch_size, k, shared_directions, seed) for who, k in (("flowvi", num_flows), (AFFINE, 0))
+    }
+
+
+def _amortized_numpyro(batch_size: int, seed: int) -> dict[str, Run]:
+    return {
+        "flowvi": amortized_step(batch_size, 0, False, seed),
+        "numpyro": speed_peers.numpyro_images_step(batch_size, IMAGES, seed),
     }
 
 

@@ -36,6 +36,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "normflows": ("normflows",),
     "zuko": ("zuko",),
     "flowjax": ("flowjax", "optax"),
+    "numpyro": ("numpyro",),
 }
 """What each peer imports."""
 
@@ -183,16 +184,48 @@ def normflows_coupling_step(name: str, dim: int, num_particles: int, num_flows: 
 
 def flowjax_step(dim: int, num_particles: int, num_flows: int, seed: int) -> Run:
     """flowjax: `planar_flow`, `ElboLoss` and optax's Adam in one jitted function, which nothing waits for."""
+    import jax
+    from flowjax.distributions import StandardNormal
+    from flowjax.flows import planar_flow
+
+    base = StandardNormal((dim,))
+    flow = planar_flow(jax.random.key(seed), base_dist=base, flow_layers=num_flows, invert=False)
+    return _elbo_loss(flow, dim, num_particles, seed)
+
+
+def flowjax_network_step(name: str, dim: int, num_particles: int, num_flows: int, seed: int) -> Run:
+    """flowjax: coupling or autoregressive layers of the given kind, with networks of as many units as flowvi's.
+
+    Its autoregressive networks have hidden layers of one width; a permutation comes between two layers.
+    """
+    import jax
+    from flowjax.bijections import RationalQuadraticSpline
+    from flowjax.distributions import StandardNormal
+    from flowjax.flows import coupling_flow, masked_autoregressive_flow
+
+    make = masked_autoregressive_flow if name == "iaf" else coupling_flow
+    spline = {"transformer": RationalQuadraticSpline(knots=BINS, interval=5)} if name == "neural_spline" else {}
+    flow = make(
+        jax.random.key(seed),
+        base_dist=StandardNormal((dim,)),
+        flow_layers=num_flows,
+        nn_width=HIDDEN[0],
+        nn_depth=len(HIDDEN),
+        invert=False,
+        **spline,
+    )
+    return _elbo_loss(flow, dim, num_particles, seed)
+
+
+def _elbo_loss(flow: Any, dim: int, num_particles: int, seed: int) -> Run:
+    """A step of flowjax: `ElboLoss`, and optax's Adam."""
     import equinox as eqx
     import jax
     import optax
     import paramax
-    from flowjax.distributions import StandardNormal
-    from flowjax.flows import planar_flow
     from flowjax.train.losses import ElboLoss
 
     key = jax.random.key(seed)
-    flow = planar_flow(key, base_dist=StandardNormal((dim,)), flow_layers=num_flows, invert=False)
     fixed = paramax.NonTrainable
     start, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, fixed))
     loss = ElboLoss(jax_log_density(dim), num_particles)
@@ -212,6 +245,72 @@ def flowjax_step(dim: int, num_particles: int, num_flows: int, seed: int) -> Run
         for _ in range(n):
             *state_, value = one(*state)
             state = tuple(state_)
+        jax.block_until_ready((state, value))
+
+    return run
+
+
+def numpyro_images_step(batch_size: int, sizes: tuple[int, int, int, int], seed: int) -> Run:
+    """numpyro: `SVI.update` on the paper's model of images with a diagonal Gaussian for each datum, jitted.
+
+    Args:
+        batch_size: B.
+        sizes: pixels, latents, maxout units and their window.
+        seed: of all that is random.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import numpyro
+    import numpyro.distributions as npdist
+    from numpyro.infer import SVI
+    from numpyro.infer import Trace_ELBO as NumpyroELBO
+
+    pixels, latents, hidden, window = sizes
+    random = np.random.default_rng(seed)
+    images = jnp.asarray((random.random((10 * batch_size, pixels)) < 0.13).astype(np.float32))
+
+    def layer(size_in: int, size_out: int) -> dict[str, Any]:
+        bound = size_in**-0.5
+        return {
+            "w": jnp.asarray(random.uniform(-bound, bound, (size_in, size_out)), jnp.float32),
+            "b": jnp.zeros(size_out),
+        }
+
+    def at(p: Any, x: Any) -> Any:
+        return x @ p["w"] + p["b"]
+
+    def maxout(p: Any, x: Any) -> Any:
+        return at(p, x).reshape(len(x), window, hidden).max(1)
+
+    decoder = {"hidden": layer(latents, window * hidden), "out": layer(hidden, pixels)}
+    encoder = {"hidden": layer(pixels, window * hidden), "loc": layer(hidden, latents), "scale": layer(hidden, latents)}
+
+    def model(x: Any) -> None:
+        p = numpyro.param("decoder", decoder)
+        with numpyro.plate("data", len(images), subsample_size=len(x)):
+            z = numpyro.sample("z", npdist.Normal(0, 1).expand([latents]).to_event(1))
+            logits = at(p["out"], maxout(p["hidden"], z))
+            numpyro.sample("x", npdist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x: Any) -> None:
+        p = numpyro.param("encoder", encoder)
+        h = maxout(p["hidden"], x)
+        with numpyro.plate("data", len(images), subsample_size=len(x)):
+            scale = jnp.exp(at(p["scale"], h))
+            numpyro.sample("z", npdist.Normal(at(p["loc"], h), scale).to_event(1))
+
+    svi = SVI(model, guide, numpyro.optim.Adam(LR), NumpyroELBO())
+    state = svi.init(jax.random.key(seed), images[:batch_size])
+    update = jax.jit(lambda state, rows: svi.update(state, images[rows]))
+    order, turn = random.permutation(len(images)), 0
+
+    def run(n: int) -> None:
+        nonlocal state, turn
+        for _ in range(n):
+            first = turn % (len(images) // batch_size) * batch_size
+            state, value = update(state, order[first : first + batch_size])
+            turn += 1
         jax.block_until_ready((state, value))
 
     return run

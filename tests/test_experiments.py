@@ -325,7 +325,7 @@ SMALL = speed.Config(
     seconds=1e-4,
     stacks=(("planar", 2, 16, 2, 1), ("radial", 2, 16, 2, 1)),
     steps=((2, 16, 2, {"pyro": 1.0}),),
-    couplings=(("real_nvp", 4, 16, 2),),
+    networks=(("real_nvp", 4, 16, 2), ("iaf", 4, 16, 2)),
     schools=(16, 2, 1e9),
     amortized=(4, 2, 0.0),
     sweep_k=(1, 2, 4),
@@ -336,7 +336,7 @@ SMALL = speed.Config(
 
 @pytest.fixture
 def no_peers(monkeypatch):
-    for name in ("normflows", "zuko", "flowjax", "optax"):
+    for name in ("normflows", "zuko", "flowjax", "optax", "numpyro"):
         monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -358,7 +358,7 @@ def test_speed_small(tmp_path, no_peers):
     schools = [row for row in timed if row["case"] == "eight schools" and row["who"] == "pyro"]
     assert [row["met"] for row in schools] == [False]
     assert [(row["case"], row["met"] is None) for row in rows if row["group"] == "slope"] == [("K", False)]
-    assert "Not installed, so left out: normflows, zuko, flowjax (pip install 'flowvi[peers]')" in table
+    assert "Not installed, so left out: normflows, zuko, flowjax, numpyro (pip install 'flowvi[peers]')" in table
     assert "at least 1e+09x | no" in table
 
 
