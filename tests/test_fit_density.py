@@ -20,6 +20,7 @@ from flowvi.errors import (
     OptionError,
     UnknownFlowError,
 )
+from flowvi.fit import density
 from flowvi.fit.adam import FlatAdam
 from flowvi.fit.density import _start
 from flowvi.transforms import Planar, available, conditional_planar, register
@@ -491,3 +492,44 @@ def test_conditional_flow_starts_as_a_standard_normal():
     assert torch.allclose(q.condition(torch.randn(5, 2, dtype=torch.float64)).log_prob(x), expected)
     assert q.condition(torch.randn(4, 5, 2, dtype=torch.float64)).batch_shape == (4, 5)
     assert (q.dim, q.dtype, q.device.type) == (3, torch.float64, "cpu")
+
+
+RECORDED = [("maf", 0), ("real_nvp", 0), ("neural_spline", 0), ("planar", 0), ("iaf", 0), ("maf", 2), ("radial", 2)]
+
+
+@pytest.mark.parametrize(("flow", "context_dim"), RECORDED)
+def test_a_recorded_fit_is_the_fit(flow, context_dim, monkeypatch):
+    monkeypatch.setattr(density, "LOOK_EVERY", 5)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 3, generator=generator).cumsum(1)
+    context = torch.randn(300, context_dim, generator=generator) if context_dim else None
+    fits = []
+    for least in (10, 1000):
+        monkeypatch.setattr(density, "LEAST_STEPS", least)
+        options = {"num_flows": 2, "num_steps": 20, "batch_size": 64, "seed": 1, "progress": False}
+        fits.append(flowvi.fit_density(x, flow, context, **options))
+    assert [f.config["recorded"] for f in fits] == [True, False]
+    torch.testing.assert_close(fits[0].history.validation, fits[1].history.validation, rtol=1e-4, atol=1e-4)
+    if not context_dim:
+        with pytest.raises(NonFiniteError):  # the fitted flow checks its values again
+            fits[0].flow.log_prob(torch.full((1, 3), math.nan))
+
+
+class Drifts(flowvi.transforms.Affine):
+    """A layer that becomes another one after so many calls."""
+
+    calls, after = 0, 40
+
+    def inverse_and_log_det(self, y):
+        self.calls += 1
+        x, log_det = super().inverse_and_log_det(y)
+        return (x, log_det) if self.calls < self.after else (2 * x, log_det + 3 * math.log(2))
+
+
+def test_a_flow_that_changes_in_time_is_told_of(monkeypatch):
+    monkeypatch.setattr(density, "LOOK_EVERY", 1)
+    monkeypatch.setattr(density, "LEAST_STEPS", 10)
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(NumericalWarning, match="change in time"):
+        found = flowvi.fit_density(x, lambda dim: Drifts(dim), num_flows=1, num_steps=100, batch_size=64, seed=1)
+    assert not found.config["recorded"]

@@ -29,6 +29,7 @@ from flowvi.density_fit import DensityFit, DensityHistory, MeanLogProb
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
 from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.engine import Schedule
+from flowvi.fit.gradient import LEAST_STEPS, LOOK_EVERY, Gradient, make_gradient
 from flowvi.fit.rows import Rows, Scaling, as_rows, split
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
@@ -199,6 +200,7 @@ def fit_density(
         "dtype": str(data.x.dtype).removeprefix("torch."),
         "device": str(data.x.device),
         "stopped": record.stopped,
+        "recorded": record.recorded and not record.changed_at,
         "validation_mean": None,
         "validation_se": None,
     }
@@ -266,6 +268,10 @@ class Record:
     steps: int = 0
     skipped_steps: int = 0
     stopped: str = "finished"
+    recorded: bool = False
+    """Whether the steps were those of a recording."""
+    changed_at: int = 0
+    """The step at which that was found to be one of something else, and left; 0 where it was not."""
 
     def history(self) -> DensityHistory:
         """The same, for the user."""
@@ -303,17 +309,34 @@ def _maximize(
     record, best = Record(), flat.vector.clone()
     held = None if held is None else held.at(slice(CHECKED_ROWS))
     every = max(1, schedule.num_steps // CHECKS)
-    waited, seen = 0, []
+    waited, looked, seen = 0, 0, []
+
+    def loss(x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        at = flow_at(q, *context or (None,))
+        at._validate_args = False  # the data are checked already, and a recording asks for no values
+        log_q = at.log_prob(x).mean()
+        return -log_q, log_q
+
+    def inputs(rows: Rows) -> list[Tensor]:
+        return [rows.x] if rows.context is None else [rows.x, rows.context]
+
+    validated = getattr(q, "_validate_args", False)
+    two = [inputs(train.at(slice(first, first + batch_size))) for first in (0, len(train.x) - batch_size)]
+    gradient = make_gradient(loss, flat, *two, recorded=schedule.num_steps >= LEAST_STEPS)
+    record.recorded = gradient.recorded
     bar = Bar(total=schedule.num_steps, desc="fit_density", disable=None if progress is None else not progress)
     try:
         for step, rows in zip(range(schedule.num_steps), _batches(train, batch_size, generator), strict=False):
-            log_q = flow_at(q, rows.context).log_prob(rows.x).mean()
-            flat.backward(-log_q)
+            log_q = gradient(*inputs(rows))
             adam.step(schedule.lr_at(step), log_q.isfinite())
             record.steps = step + 1
-            seen.append(log_q.detach())
+            seen.append(log_q)
             if (step + 1) % every and step + 1 < schedule.num_steps:
                 continue
+            if step + 1 - looked >= LOOK_EVERY:
+                looked = step + 1
+                if not gradient.holds(*inputs(rows)):
+                    gradient, record.changed_at = Gradient(loss, flat), step + 1
             value = math.nan if held is None else _score(q, held)
             recent = torch.stack(seen)
             fresh = float(recent[recent.isfinite()].mean())
@@ -332,6 +355,8 @@ def _maximize(
         record.stopped = "interrupted"
     finally:
         bar.close()
+        if isinstance(q, Flow):
+            q._validate_args = validated
         with torch.no_grad():
             flat.vector.copy_(best)
         flat.release()
@@ -367,6 +392,14 @@ def _report_trouble(record: Record) -> None:
     if record.stopped == "interrupted":
         warnings.warn(
             InterruptedWarning(f"stopped by Ctrl-C after {record.steps} steps; this is the best so far."), stacklevel=3
+        )
+    if record.changed_at:
+        warnings.warn(
+            NumericalWarning(
+                f"the flow computed something else in step {record.changed_at} than where the fit had recorded it, and "
+                f"steps since the check before may have been wrong: its Python code must not change in time."
+            ),
+            stacklevel=3,
         )
     if record.skipped_steps:
         warnings.warn(

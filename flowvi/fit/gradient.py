@@ -16,7 +16,13 @@ from flowvi.fit.adam import FlatParameters
 from flowvi.graph import emit, keep, record, tidy
 from flowvi.random_state import kept
 
-__all__ = ["Gradient", "RecordedGradient", "make_gradient"]
+__all__ = ["LEAST_STEPS", "LOOK_EVERY", "Gradient", "RecordedGradient", "make_gradient"]
+
+LEAST_STEPS = 1000
+"""Steps that repay the second or two that it costs to record one."""
+
+LOOK_EVERY = 500
+"""Steps at least between two looks whether a recording still holds."""
 
 AGREE = 1e-2
 """Largest difference of two gradients, relative to their length: sums may be in another order, and by the rounding of
