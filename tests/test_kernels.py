@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from flowvi import kernels
 from flowvi.kernels import planar, planar_root, planar_stack, radial, radial_stack
+from flowvi.kernels.maxout import largest_of_window
 
 F64 = torch.float64
 
@@ -188,3 +192,36 @@ def test_a_second_derivative_raises_instead_of_being_wrong():
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()
+
+
+# The largest of a window.
+
+
+@pytest.mark.parametrize("shape", [(7, 4, 5), (3, 1, 2), (2, 3, 4, 17)])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_largest_of_a_window_is_torchs(shape, backend):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    with kernels.use(backend):
+        assert torch.equal(largest_of_window(x), x.amax(-2))
+        assert torch.autograd.gradcheck(largest_of_window, x)
+        assert torch.autograd.gradgradcheck(largest_of_window, x)
+        torch.testing.assert_close(
+            torch.vmap(largest_of_window, in_dims=-1)(x.unsqueeze(-1).expand(*shape, 2)),
+            x.amax(-2).expand(2, *shape[:-2], shape[-1]),
+        )
+        bad = x.detach().clone()
+        bad[0, ..., 0, 0] = math.nan
+        assert torch.equal(largest_of_window(bad).isnan(), bad.amax(-2).isnan())
+        ops, g = torch.ops.flowvi, torch.randn_like(x[..., 0, :])
+        _, which = ops.largest(x.detach())
+        torch.library.opcheck(ops.largest.default, (x.detach(),))
+        torch.library.opcheck(ops.largest_backward.default, (g.detach(), which, shape[-2]))
+        per_row = torch.vmap(lambda a, b: ops.largest_backward(a, b, shape[-2]))(g.detach(), which)
+        assert torch.equal(per_row, ops.largest_backward(g.detach(), which, shape[-2]))
+
+
+def test_of_equal_ones_the_first_is_taken():
+    x = torch.ones(2, 3, 4, requires_grad=True)
+    largest_of_window(x).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1).expand(2, 3, 4))

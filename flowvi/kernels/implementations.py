@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from flowvi.kernels import dispatch, planar, radial
+from flowvi.kernels.maxout import largest as largest
+from flowvi.kernels.maxout import largest_backward as largest_backward
+from flowvi.kernels.root import planar_root as planar_root
 
 
 def _array(a: Tensor | None, batch: int) -> Any:

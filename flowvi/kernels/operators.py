@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowvi.kernels import implementations, root
+from flowvi.kernels import implementations
 
 _LIB = torch.library.Library("flowvi", "DEF")
 _OPS = torch.ops.flowvi
@@ -131,8 +131,34 @@ _define(
     None,
 )
 
+_define(
+    "largest",
+    "Tensor x",
+    2,
+    lambda x: tuple(x.new_empty((*x.shape[:-2], x.shape[-1]), dtype=kind) for kind in (x.dtype, torch.uint8)),
+    None,
+)
+_LIB.define("largest_backward(Tensor g, Tensor which, int window) -> Tensor")
+_LIB.impl("largest_backward", implementations.largest_backward, _EVERYWHERE)
+
+
+@torch.library.register_fake("flowvi::largest_backward")
+def _(g: Tensor, which: Tensor, window: int) -> Tensor:
+    return g.new_empty(*g.shape[:-1], window, g.shape[-1])
+
+
+@torch.library.register_vmap("flowvi::largest_backward")
+def _(info: Any, in_dims: Sequence[int | None], g: Tensor, which: Tensor, window: int) -> tuple[Tensor, int]:
+    size = info.batch_size
+    g, which = (
+        a.expand(size, *a.shape) if dim is None else a.movedim(dim, 0)
+        for a, dim in zip((g, which), in_dims, strict=False)
+    )
+    return _OPS.largest_backward(g, which, window), 0
+
+
 _LIB.define("planar_root(Tensor c, Tensor one_plus_m) -> Tensor")
-_LIB.impl("planar_root", root.planar_root, _EVERYWHERE)
+_LIB.impl("planar_root", implementations.planar_root, _EVERYWHERE)
 
 
 @torch.library.register_fake("flowvi::planar_root")
