@@ -1,8 +1,8 @@
 """The same work by others: one function for each makes a `Run`, which does a step n times.
 
-Every step is whole: draws, flow, energy, gradient, Adam. normflows, zuko and flowjax are compared where they are
-installed (extra `peers`); Pyro always is. Each is set up as its own documentation does, and flowjax's step is one
-jitted function.
+Every step is whole: draws, flow, energy, gradient, Adam. normflows, zuko, flowjax and numpyro are compared
+where they are installed (extra `peers`); Pyro always is. Each is set up as its own documentation does, and flowjax's
+and numpyro's steps are one jitted function.
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ def flowjax_step(dim: int, num_particles: int, num_flows: int, seed: int) -> Run
 def flowjax_network_step(name: str, dim: int, num_particles: int, num_flows: int, seed: int) -> Run:
     """flowjax: coupling or autoregressive layers of the given kind, with networks of as many units as flowvi's.
 
-    Its autoregressive networks have hidden layers of one width; a permutation comes between two layers.
+    Its `knots` are those between the bins, its autoregressive networks have hidden layers of one width, and a
+    permutation comes between two layers.
     """
     import jax
     from flowjax.bijections import RationalQuadraticSpline
@@ -204,7 +205,7 @@ def flowjax_network_step(name: str, dim: int, num_particles: int, num_flows: int
     from flowjax.flows import coupling_flow, masked_autoregressive_flow
 
     make = masked_autoregressive_flow if name == "iaf" else coupling_flow
-    spline = {"transformer": RationalQuadraticSpline(knots=BINS, interval=5)} if name == "neural_spline" else {}
+    spline = {"transformer": RationalQuadraticSpline(knots=BINS - 1, interval=5)} if name == "neural_spline" else {}
     flow = make(
         jax.random.key(seed),
         base_dist=StandardNormal((dim,)),
@@ -288,7 +289,7 @@ def numpyro_images_step(batch_size: int, sizes: tuple[int, int, int, int], seed:
 
     def model(x: Any) -> None:
         p = numpyro.param("decoder", decoder)
-        with numpyro.plate("data", len(images), subsample_size=len(x)):
+        with numpyro.plate("data", len(x)), numpyro.handlers.scale(scale=len(images) / len(x)):
             z = numpyro.sample("z", npdist.Normal(0, 1).expand([latents]).to_event(1))
             logits = at(p["out"], maxout(p["hidden"], z))
             numpyro.sample("x", npdist.Bernoulli(logits=logits).to_event(1), obs=x)
@@ -296,7 +297,7 @@ def numpyro_images_step(batch_size: int, sizes: tuple[int, int, int, int], seed:
     def guide(x: Any) -> None:
         p = numpyro.param("encoder", encoder)
         h = maxout(p["hidden"], x)
-        with numpyro.plate("data", len(images), subsample_size=len(x)):
+        with numpyro.plate("data", len(x)), numpyro.handlers.scale(scale=len(images) / len(x)):
             scale = jnp.exp(at(p["scale"], h))
             numpyro.sample("z", npdist.Normal(at(p["loc"], h), scale).to_event(1))
 

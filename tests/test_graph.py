@@ -1,5 +1,6 @@
 """A recorded function is the function: values, gradients, random numbers; and what can't be recorded is refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -111,7 +112,23 @@ def fails(given):
     raise ValueError("no")
 
 
-@pytest.mark.parametrize("function", [value, chosen, changes_its_input, changes_a_buffer, fails])
+def lists(given):
+    return [given[0] * max(given[0].tolist()[0])]
+
+
+def arrays(given):
+    return [given[0] * float(np.asarray(given[0].detach()).sum())]
+
+
+CALLS = []
+
+
+def counts(given):
+    CALLS.append(1)
+    return [given[0] * (1 + 1e-9 * len(CALLS))]
+
+
+@pytest.mark.parametrize("function", [value, chosen, changes_its_input, changes_a_buffer, fails, lists, arrays, counts])
 def test_what_is_no_list_of_operations_is_refused(function):
     with pytest.raises(Refused):
         record(function, [torch.randn(4, 3)])
@@ -129,6 +146,31 @@ def test_writing_into_own_memory_is_recorded():
     x = torch.randn(2)
     for _ in range(2):  # and made anew each time
         assert same(run(x), function([x]))
+
+
+def test_draws_into_the_same_memory_stay_apart():
+    def function(given):
+        z = torch.ones(3)
+        before = z.clone()
+        z.uniform_()
+        first = z.clone()
+        z.normal_()
+        return [before, first, z * given[0], z[:2] + first[:2]]
+
+    x = torch.randn(3)
+    run, _ = flat(function, [x])
+    torch.manual_seed(0)
+    expected = function([x])
+    torch.manual_seed(0)
+    assert same(run(x), expected)
+
+
+def test_a_bias_that_is_not_contiguous_stays_with_torch(monkeypatch):
+    monkeypatch.setattr(products, "_onednn", lambda: pytest.fail)
+    x, w = torch.randn(200, 100), torch.randn(100, 200)
+    for bias in (torch.randn(1).expand(200), torch.randn(400)[::2]):
+        run, _ = flat(lambda given: [torch.addmm(given[2], given[0], given[1])], [x, w, bias])
+        assert torch.equal(run(x, w, bias)[0], torch.addmm(bias, x, w))
 
 
 def test_the_large_products_are_the_same_by_either_library(monkeypatch):

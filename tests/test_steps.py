@@ -13,6 +13,10 @@ from flowvi import kernels
 from flowvi.fit.adam import CLIP, FlatAdam, FlatParameters
 from flowvi.fit.steps import TapeStep, make_step
 from flowvi.kernels.compiled import threads
+from flowvi.kernels.tiles import tape_shape
+from flowvi.transforms.elementwise import Additive
+from flowvi.transforms.networks import DenseNetwork
+from flowvi.transforms.spline import RationalQuadratic
 
 OBJECTIVES = (flowvi.ELBO, flowvi.PathELBO, flowvi.BalancedELBO, flowvi.CoveringELBO)
 
@@ -144,6 +148,85 @@ def test_networks_that_have_no_kernel_go_by_autograd(name, dim, options):
     flow = with_networks(name, dim, 2, options, torch.float32)
     target = flowvi.as_density(lambda z: -0.5 * z.square().sum(-1), dim=dim)
     assert not one(flow, target, flowvi.PathELBO(8), tape=False)[0]
+
+
+class Slower(flowvi.transforms.RealNVP):
+    def _by_coordinate(self, out):
+        return 0.5 * super()._by_coordinate(out)
+
+
+class Scored(flowvi.transforms.IAF):
+    def score_given(self, x, score, context):
+        return super().score_given(x, score, context)
+
+
+class Shift(Additive):
+    def forward(self, x, params):
+        return super().forward(x, 0.5 * params)
+
+
+class Spline(RationalQuadratic):
+    def forward_with_tape(self, x, params):
+        return super().forward_with_tape(x, 0.5 * params)
+
+
+class Network(DenseNetwork):
+    def forward(self, x, context=None):
+        return 0.5 * super().forward(x, context)
+
+
+def other_network():
+    layer = flowvi.transforms.RealNVP(4, 1)
+    layer.networks[0] = Network(2, (8,), 4)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Slower(4, 2),
+        lambda: Scored(4),
+        lambda: flowvi.transforms.coupling.Coupling(4, Shift(), 2),
+        lambda: flowvi.transforms.coupling.Coupling(4, Spline(4), 2),
+        other_network,
+    ],
+)
+def test_somebodys_own_class_is_not_taken_for_ours(make):
+    flow = flowvi.Flow(4, [make(), flowvi.transforms.Affine(4)])
+    flat = FlatParameters(flow.module)
+    assert flow.transforms[0].bind(8, False) is None
+    flat.release()
+
+
+@pytest.mark.parametrize("layer", [flowvi.transforms.RealNVP, flowvi.transforms.PlanarStack])
+def test_layers_that_share_parameters_go_by_autograd(layer):
+    torch.manual_seed(0)
+    twice = layer(4, 2).double()
+    with torch.no_grad():
+        for p in twice.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    flow = flowvi.Flow(4, [twice, twice])
+    target = flowvi.as_density(lambda z: -0.5 * z.square().sum(-1), dim=4, dtype=torch.float64)
+    fused, *found = one(flow, target, flowvi.PathELBO(16), tape=False)
+    _, *expected = one(flow, target, flowvi.PathELBO(16), tape=True)
+    assert not fused
+    assert torch.equal(found[2], expected[2])
+
+
+def test_no_path_score_is_none_by_kernels_too():
+    flow = with_networks("iaf", 20, 1, {}, torch.float32)
+    flat = FlatParameters(flow.module)
+    assert flow.transforms[0].bind(8, True) is None
+    assert flow.transforms[0].bind(8, False) is not None
+    flat.release()
+
+
+@pytest.mark.parametrize(("num", "width"), [(1, 5), (17, 32), (256, 32), (1105, 600), (4096, 64)])
+def test_every_tile_has_particles(num, width):
+    tiles, rows, columns = tape_shape(num, 7, width, torch.ones(1))
+    assert rows == 7
+    assert columns % 16 == 0
+    assert (tiles - 1) * columns < num <= tiles * columns
 
 
 @pytest.mark.parametrize("name", ["real_nvp", "neural_spline", "iaf"])

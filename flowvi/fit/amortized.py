@@ -322,7 +322,9 @@ def _maximize(
                 torch.set_rng_state(saved["random"])
                 start -= record.seconds
         checkpoint.keep(LOOP, state)
-    record.recorded, looked = gradient.recorded, record.steps
+    if record.changed_at:
+        gradient.leave()
+    record.recorded, looked = record.recorded or gradient.recorded, record.steps
     over = record.steps >= schedule.num_steps or record.stopped == "no improvement"
     show = None if progress is None else not progress
     bar = Bar(total=schedule.num_steps, initial=record.steps, desc="fit", disable=show)
@@ -339,10 +341,11 @@ def _maximize(
                 seen += torch.stack([torch.where(finite, elbo, 0.0), finite]).to(seen)
                 record.steps = t + 1
                 if (t + 1) % every == 0 or t + 1 == schedule.num_steps:
-                    if t + 1 - looked >= LOOK_EVERY:
+                    if t + 1 - looked >= LOOK_EVERY or t + 1 == schedule.num_steps:
                         looked = t + 1
-                        if not gradient.holds(batch, beta):
+                        if ranks.any(not gradient.holds(batch, beta)):
                             record.changed_at = t + 1
+                            gradient.leave()
                     value = math.nan if held is None else _score(step, held, walk, seed, ranks)
                     record.checks.append((t + 1, float(seen[0] / seen[1]), value, lr, beta))
                     seen.zero_()
@@ -445,8 +448,8 @@ def _report_trouble(record: Record) -> None:
         warnings.warn(
             NumericalWarning(
                 f"model or encoder computed something else in step {record.changed_at} than where the fit had recorded "
-                f"them, and steps since the check before may have been wrong: where their Python code changes in time, "
-                f"pass compile=False."
+                f"them, and earlier steps may have been wrong: where their Python code changes in time, pass "
+                f"compile=False."
             ),
             stacklevel=4,
         )

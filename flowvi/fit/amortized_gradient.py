@@ -83,9 +83,10 @@ class AmortizedGradient:
         return loss.elbo
 
     def holds(self, call: Call, beta: float) -> bool:
-        """Whether the recording, where there is one, gives what the step gives; if not, it is left from here on."""
+        """Whether the recording, where there is one, gives what the step gives."""
         tensors = None if self._recorded is None else self._loss.tensors(call)
-        if self._recorded is None or tensors is None or self._recorded.holds(self._beta.fill_(beta), *tensors):
-            return True
+        return self._recorded is None or tensors is None or self._recorded.holds(self._beta.fill_(beta), *tensors)
+
+    def leave(self) -> None:
+        """Take the steps as they are written from here on."""
         self._recorded = None
-        return False

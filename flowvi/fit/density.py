@@ -333,7 +333,7 @@ def _maximize(
             seen.append(log_q)
             if (step + 1) % every and step + 1 < schedule.num_steps:
                 continue
-            if step + 1 - looked >= LOOK_EVERY:
+            if step + 1 - looked >= LOOK_EVERY or step + 1 == schedule.num_steps:
                 looked = step + 1
                 if not gradient.holds(*inputs(rows)):
                     gradient, record.changed_at = Gradient(loss, flat), step + 1
@@ -397,7 +397,7 @@ def _report_trouble(record: Record) -> None:
         warnings.warn(
             NumericalWarning(
                 f"the flow computed something else in step {record.changed_at} than where the fit had recorded it, and "
-                f"steps since the check before may have been wrong: its Python code must not change in time."
+                f"earlier steps may have been wrong: its Python code must not change in time."
             ),
             stacklevel=3,
         )

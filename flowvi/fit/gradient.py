@@ -124,10 +124,10 @@ def make_gradient(
         flat: its parameters.
         inputs: such tensors.
         others: such tensors again, with other numbers in them.
-        recorded: False: by autograd.
+        recorded: False: by autograd. So it is on a GPU, whose random numbers `kept` doesn't keep.
     """
     plain = Gradient(loss, flat)
-    if not recorded:
+    if not recorded or flat.vector.device.type != "cpu":
         return plain
     before = flat.vector.clone()
     try:

@@ -34,7 +34,6 @@ from flowvi.examine import MAX_HMC_DIM
 from flowvi.flow import FlowSpec
 from flowvi.random_state import kept
 from flowvi.transforms.affine import default_rank
-from flowvi.transforms.base import Transform
 from flowvi.transforms.registry import build
 
 HEADROOM = 1.25
@@ -146,7 +145,7 @@ def _count(spec: FlowSpec) -> tuple[int, int, bool]:
                 one, two = (build(spec.name, dim, num, **spec.options) for num in (1, 2))
                 each = [_numbers(layers) for layers in (one, two)]
                 counts.append([a + (spec.num_flows - 1) * (b - a) for a, b in zip(*each, strict=True)])
-                taped = any(getattr(type(layer), "bind", Transform.bind) is Transform.bind for layer in one)
+                taped = not all(getattr(layer, "tapeless", False) for layer in one)
     except FlowVIError:  # options that fit one dimension only
         return 0, 0, True
     t = (spec.dim - dims[0]) / (LARGEST_BUILT // 4)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowvi.errors import OptionError
 from flowvi.fit.adam import FlatParameters
@@ -50,10 +50,18 @@ def make_step(flow: Flow, target: Target, objective: ELBO, flat: FlatParameters,
         split = Split(ranks, objective.num_particles, flat.grad)
     if flow.has_standard_base and type(objective).backward is ELBO.backward:
         size = objective.num_particles if split is None else split.size
-        layers = [t.bind(size, objective.path) for t in flow.transforms if hasattr(t, "bind")]
+        layers = []
+        if not _shares_parameters(flow):
+            layers = [t.bind(size, objective.path) for t in flow.transforms if hasattr(t, "bind")]
         if layers and len(layers) == len(flow.transforms) and None not in layers:
             return FusedStep(flow, layers, target, objective, split)
     return TapeStep(flow, target, objective, flat, split)
+
+
+def _shares_parameters(flow: Flow) -> bool:
+    """Whether two transforms have a parameter in common: a bound one overwrites its gradient."""
+    each = [{id(p) for p in t.parameters()} for t in flow.transforms if isinstance(t, nn.Module)]
+    return len(set[int]().union(*each)) < sum(map(len, each))
 
 
 def check_split(objective: ELBO, ranks: Ranks) -> None:

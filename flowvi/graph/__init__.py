@@ -1,11 +1,12 @@
 """A function of tensors as one flat list of tensor operations, gradients and all: no modules, no handlers, no tape.
 
-`record` runs the function once and writes down what it did (torch's make_fx), `tidy` leaves out what does nothing, and
+`record` runs the function and writes down what it did (torch's make_fx), `tidy` leaves out what does nothing, and
 `emit` makes one Python function of the rest. What is gained is what Python and autograd cost, which for small networks
 is most of a step; and large matrix products go to the quicker library (`flowvi.kernels.linear`).
 
-The recording is of one run: Python code that would do something else the next time is not seen again. Whoever uses it
-compares it with the function itself (`flowvi.fit.gradient`).
+The recording is of one run: Python code that would do something else later is not run again. So what takes numbers out
+of torch or changes from call to call is refused, and whoever uses a recording compares it with the function itself
+(`flowvi.fit.gradient`).
 """
 
 from flowvi.graph.emit import emit

@@ -67,7 +67,7 @@ def emit(module: fx.GraphModule) -> Callable[..., tuple[Tensor | None, ...]]:
         elif node.op == "output":
             outputs = node.args[0]
         else:
-            name = f"_f{len(lines)}"
+            name = f"_flowvi_f{len(lines)}"
             known[name] = _function(node.target)
             words = [_word(a, known) for a in node.args]
             words += [f"{key}={_word(value, known)}" for key, value in node.kwargs.items()]
@@ -101,7 +101,7 @@ def _word(value: Any, known: dict[str, Any]) -> str:
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
     if value is None or isinstance(value, (bool, int, str)):
         return repr(value)
-    name = f"_c{len(known)}"
+    name = f"_flowvi_c{len(known)}"
     known[name] = value
     return name
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["Refused", "is_mutable", "is_random", "record"]
+
+_READS_MEMORY = ("numpy", "__array__", "tolist")
 
 _UNSURE = (
     torch.Tag.data_dependent_output,
@@ -24,15 +28,19 @@ class Refused(Exception):
 def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> fx.GraphModule:
     """The graph of `function`, which takes `inputs` and finds the same tensors wherever else it holds them.
 
+    It is run twice, and must do the same both times.
+
     Args:
         function: of the list of inputs; what it differentiates, it differentiates inside.
         inputs: tensors; parameters among them are read live, by whoever holds them.
 
     Raises:
-        Refused: Python code asked for a value, or something that outlives the call is changed in place.
+        Refused: Python code asked for a value or changes from call to call, or something that outlives the call is
+            changed in place.
     """
     try:
-        module = make_fx(function)(list(inputs))
+        with _NoMemory():
+            module, again = (make_fx(function)(list(inputs)) for _ in range(2))
     except Exception as error:  # whatever code raises that is run on tensors that are watched
         raise Refused(f"{type(error).__name__}: {error}") from error
     for node in module.graph.nodes:
@@ -42,7 +50,46 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
             raise Refused(f"{node.target} depends on values")
         if is_mutable(node) and not all(_is_fresh(changed) for changed in _changed(node)):
             raise Refused(f"{node.target} changes what outlives the call")
+    if not _alike(module, again):
+        raise Refused("the second run did something else than the first")
     return module
+
+
+class _NoMemory(TorchFunctionMode):
+    """Under it, Python code that takes a tensor's numbers out of torch is an error; only kernels may."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READS_MEMORY:
+            who = sys._getframe(1).f_globals.get("__name__", "")
+            if not who.startswith("flowvi.kernels"):
+                raise Refused(f"{who} reads a tensor's memory (Tensor.{name})")
+        return func(*args, **(kwargs or {}))
+
+
+def _alike(one: fx.GraphModule, two: fx.GraphModule) -> bool:
+    """Whether two recordings are the same, to every number in them: a counter or a clock in the code shows."""
+    if len(one.graph.nodes) != len(two.graph.nodes):
+        return False
+    for a, b in zip(one.graph.nodes, two.graph.nodes, strict=True):
+        if (a.op, a.name, str(a.target), repr((a.args, a.kwargs))) != (
+            b.op,
+            b.name,
+            str(b.target),
+            repr((b.args, b.kwargs)),
+        ):
+            return False
+        if a.op == "get_attr":
+            x, y = getattr(one, str(a.target)), getattr(two, str(b.target))
+            same = x is y or (isinstance(x, Tensor) and x.shape == y.shape and _equal(x, y))
+            if not same:
+                return False
+    return True
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    """Equal numbers, NaN being equal to NaN."""
+    return x.dtype == y.dtype and bool(((x == y) | ((x != x) & (y != y))).all())
 
 
 def is_mutable(node: fx.Node) -> bool:

@@ -77,7 +77,7 @@ def tidy(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         inputs: what it will be called with, in these shapes. It is run once, and draws the random numbers of a run.
     """
     graph = module.graph
-    pure = all(is_random(n) for n in graph.nodes if is_mutable(n))
+    pure = all(_fills_new_memory(n) for n in graph.nodes if is_mutable(n))
     with torch.no_grad():
         _Run(module).run(*inputs)
     done: dict[Any, fx.Node] = {}
@@ -119,6 +119,13 @@ def keep(module: fx.GraphModule, first: int) -> int:
             graph.call_function(_ATEN.copy_.default, (last, value))
     output.args = (list(outputs[:first]),)
     return len(outputs) - first
+
+
+def _fills_new_memory(node: fx.Node) -> bool:
+    """Whether what the operation writes into is memory that nobody else has seen, as in torch.empty(3).normal_()."""
+    into = node.args[0]
+    new = isinstance(into, fx.Node) and "empty" in str(into.target)
+    return new and is_random(node) and len(into.users) == 1  # type: ignore[union-attr]
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -185,8 +192,8 @@ def _multiply(graph: fx.Graph, node: fx.Node) -> None:
     if any(n is not None and "like" not in n.meta for n in operands):
         return
     given, size_out = x.meta["like"], right.meta["like"].shape[1]
-    if bias is not None and bias.meta["like"].shape != (size_out,):
-        return
+    if bias is not None and (bias.meta["like"].shape, bias.meta["like"].stride) != ((size_out,), (1,)):
+        return  # oneDNN takes it for contiguous
     if not pays(given.shape, size_out, given.dtype, given.device):
         return
     transposed: Any = _ATEN.t.default

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from flowvi.kernels import dispatch
-from flowvi.kernels.step import Arrays
-from flowvi.kernels.tiles import ACTIVATIONS, parameter_vectors, tape_shape
+from flowvi.kernels.tiles import ACTIVATIONS, NetworkStep, parameter_vectors, tape_shape
 
 __all__ = ["AutoregressiveStep", "autoregressive_step"]
 
 
-class AutoregressiveStep:
+class AutoregressiveStep(NetworkStep):
     """One layer: forward with score, and backward, without a tape of torch's.
 
     Args:
@@ -46,7 +45,6 @@ class AutoregressiveStep:
         num_particles: int,
         with_score: bool,
     ) -> None:
-        self._module, self.with_score = module, with_score
         like, dim = layers[0][0], len(order)
         dense, rows, width, place = [], 0, 2 * dim, 0
         for weight, _ in layers:
@@ -57,9 +55,7 @@ class AutoregressiveStep:
             width = max(width, num_in, num_out)
         rows += 4 * dim  # e^l, dl/da and theta
         made: dict[str, Any] = {"dtype": like.dtype}
-        self._z, self._score, self._g_x = (torch.empty(num_particles, dim, **made) for _ in range(3))
-        self._log_det = torch.empty(num_particles, **made)
-        tape = torch.empty(tape_shape(num_particles, rows, width, like), **made)
+        super().__init__(module, dim, tape_shape(num_particles, rows, width, like), like, num_particles, with_score)
         own, grad, mask = torch.zeros(place, **made), torch.zeros(place, **made), torch.ones(place, **made)
         for (num_in, num_out, start, *_), given in zip(dense, masks, strict=True):
             mask[start : start + num_in * num_out] = given.reshape(-1).to(like.dtype)
@@ -69,23 +65,7 @@ class AutoregressiveStep:
         kind, (values, grads) = ACTIVATIONS[activation], (v.detach().numpy() for v in vectors)
         shared = (places, mask.numpy(), own.numpy(), *tables)
         self._forward = (values, *shared, seen, kind, float(clip), width)
-        self._backward = (grads, *shared, kind, width, tape.numpy(), self._g_x.numpy(), grad.numpy())
-        out = self._score.numpy() if with_score else None
-        self._out = self._z.numpy(), self._log_det.numpy(), out, tape.numpy()
-        self._arrays = Arrays()
-
-    def forward(self, x: Tensor, score: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Z (S, D), log|det dz/dx| (S,) and the score at z, from x and the score at x (None: -x)."""
-        given = self._arrays("x", x)
-        start, sign = (given, -1.0) if score is None else (self._arrays("score", score), 1.0)
-        self._module.forward(given, start, sign, *self._forward, *self._out)
-        return self._z, self._log_det, self._score if self.with_score else None
-
-    def backward(self, g_z: Tensor, g_log_det: Tensor | None = None) -> Tensor:
-        """The cotangent of x (S, D) from those of z (S, D) and log|det| (S,); fills the parameters' gradients."""
-        pull = self._arrays("g_z", g_z), self._arrays("g_log_det", g_log_det)
-        self._module.backward(*pull, *self._backward)
-        return self._g_x
+        self._backward = (grads, *shared, kind, width, self._tape.numpy(), self._g_x.numpy(), grad.numpy())
 
 
 def autoregressive_step(
@@ -98,6 +78,8 @@ def autoregressive_step(
         *args: see `AutoregressiveStep`.
         **options: likewise.
     """
+    if options["activation"] not in ACTIVATIONS:
+        return None
     vectors = parameter_vectors([p for pair in layers for p in pair])
     module = None if vectors is None else dispatch.compiled("autoregressive", *vectors)
     return None if module is None else AutoregressiveStep(module, layers, vectors, *args, **options)  # type: ignore[arg-type]

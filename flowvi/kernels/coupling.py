@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flowvi.kernels import dispatch
-from flowvi.kernels.step import Arrays
-from flowvi.kernels.tiles import ACTIVATIONS, parameter_vectors, tape_shape
+from flowvi.kernels.tiles import ACTIVATIONS, NetworkStep, parameter_vectors, spline_rows, tape_shape
 
 __all__ = ["CouplingStep", "coupling_step"]
-
 
 TAUS = {"additive": 0, "affine": 1, "spline": 2}
 """As `flowvi.kernels.compiled.coupling` numbers them, without importing numba."""
 
 
-class CouplingStep:
+class CouplingStep(NetworkStep):
     """K coupling layers: forward with score, and backward, without a tape of torch's.
 
     Args:
@@ -50,12 +47,9 @@ class CouplingStep:
         num_particles: int,
         with_score: bool,
     ) -> None:
-        self._module, self.with_score = module, with_score
         like = vectors[0]
-        dim, kept_each = (
-            order.shape[1],
-            {"additive": 0, "affine": 3, "spline": 3 * int(fixed[0]) + 11 if fixed else 0}[tau],
-        )
+        dim = order.shape[1]
+        kept_each = {"additive": 0, "affine": 3}[tau] if tau != "spline" else spline_rows(int(fixed[0]))
         plan: list[tuple[int, ...]] = []
         dense: list[tuple[int, ...]] = []
         rows, width = 0, dim
@@ -71,10 +65,7 @@ class CouplingStep:
             rows += kept_each * moves
             plan.append((stays, moves, begin, len(layers), kept, rows))
             rows += layers[-1][0].shape[0]
-        made: dict[str, Any] = {"dtype": like.dtype}
-        self._z, self._score, self._g_x = (torch.empty(num_particles, dim, **made) for _ in range(3))
-        self._log_det = torch.empty(num_particles, **made)
-        self._tape = torch.empty(tape_shape(num_particles, rows, width, like), **made)
+        super().__init__(module, dim, tape_shape(num_particles, rows, width, like), like, num_particles, with_score)
         p, grad = (v.detach().numpy() for v in vectors)
         tables = np.array(plan, np.int64), np.array(dense, np.int64), np.ascontiguousarray(order, np.int64)
         kind = ACTIVATIONS[activation]
@@ -83,22 +74,6 @@ class CouplingStep:
         options = (kind, TAUS[tau], numbers, width)
         self._forward = (p, *tables, *options)
         self._backward = (p, *tables, *options, self._tape.numpy(), self._g_x.numpy(), grad)
-        out = self._score.numpy() if with_score else None
-        self._out = self._z.numpy(), self._log_det.numpy(), out, self._tape.numpy()
-        self._arrays = Arrays()
-
-    def forward(self, x: Tensor, score: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Z (S, D), log|det dz/dx| (S,) and the score at z, from x and the score at x (None: -x)."""
-        given = self._arrays("x", x)
-        start, sign = (given, -1.0) if score is None else (self._arrays("score", score), 1.0)
-        self._module.forward(given, start, sign, *self._forward, *self._out)
-        return self._z, self._log_det, self._score if self.with_score else None
-
-    def backward(self, g_z: Tensor, g_log_det: Tensor | None = None) -> Tensor:
-        """The cotangent of x (S, D) from those of z (S, D) and log|det| (S,); fills the parameters' gradients."""
-        pull = self._arrays("g_z", g_z), self._arrays("g_log_det", g_log_det)
-        self._module.backward(*pull, *self._backward)
-        return self._g_x
 
 
 def coupling_step(
@@ -112,6 +87,8 @@ def coupling_step(
         num_stay: likewise.
         **options: likewise.
     """
+    if options["activation"] not in ACTIVATIONS:
+        return None
     vectors = parameter_vectors([p for layers in networks for pair in layers for p in pair])
     module = None if vectors is None else dispatch.compiled("coupling", *vectors)
     if vectors is None or module is None:

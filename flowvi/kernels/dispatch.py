@@ -22,7 +22,7 @@ _chosen = "auto"
 
 
 class use:
-    """Choose what computes planar and radial stacks, and models' programs: for good, or inside a ``with`` block.
+    """Choose what computes stacks, layers with networks and models' programs: for good, or inside a ``with`` block.
 
     The choice holds for the whole process.
 

@@ -51,7 +51,7 @@ def _onednn() -> Any:
 def _vendor() -> str:
     """The processor's maker, such as AuthenticAMD; Intel's where nobody knows."""
     with suppress(OSError):
-        told = re.search(r"vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        told = re.search(r"vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
         if told:
             return told[1]
     return platform.processor() if "Authentic" in platform.processor() else "GenuineIntel"

@@ -55,6 +55,7 @@ class Affine(Transform):
     """
 
     has_path_score = True
+    tapeless = True
 
     def __init__(
         self,

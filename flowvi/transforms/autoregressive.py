@@ -34,7 +34,7 @@ from flowvi.checks import instances, layer_sizes, one_of, shown
 from flowvi.errors import OptionError
 from flowvi.transforms.elementwise import Elementwise, SoftClippedAffine
 from flowvi.transforms.masked import MaskedNetwork
-from flowvi.transforms.networked import ConditionalNetworkTransform, NetworkTransform
+from flowvi.transforms.networked import ConditionalNetworkTransform, NetworkTransform, is_as_written
 from flowvi.transforms.networks import DenseNetwork, dense, dense_backward
 
 PATH_SCORE_LIMIT = 16
@@ -161,7 +161,9 @@ class Autoregressive(NetworkTransform):
         """See `InvertibleMap`: the fast way forward, without a context, for layers that scale and shift."""
         network, tau = self.network, self.elementwise
         usual = type(tau) is SoftClippedAffine and self.fast == "forward" and not self.context_dim
-        if not usual or not isinstance(network, MaskedNetwork) or not network.layers[0].weight.is_cpu:
+        if not usual or type(network) is not MaskedNetwork or not is_as_written(self, Autoregressive):
+            return None
+        if (with_score and not self.has_path_score) or not network.layers[0].weight.is_cpu:
             return None
         return kernels.autoregressive_step(
             [(layer.weight, layer.bias) for layer in network.layers],

@@ -33,6 +33,8 @@ class InvertibleMap(TorchTransform):
     codomain = constraints.real_vector
     bijective = True
     has_path_score: ClassVar[bool] = False
+    tapeless: ClassVar[bool] = False
+    """Whether a step keeps next to nothing of the way forward, where `bind` can."""
     """Whether `forward_with_score` exists, at a cost of the order of the forward pass."""
 
     input_dim: int

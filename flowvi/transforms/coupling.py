@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from flowvi import kernels
 from flowvi.checks import finite_numbers, instances, one_of, positive_integers
 from flowvi.transforms.elementwise import Additive, Elementwise, InverseAffine, SoftClippedAffine
-from flowvi.transforms.mixing import Mixing, Rotation, make_mixing
-from flowvi.transforms.networked import ConditionalNetworkTransform, NetworkTransform
+from flowvi.transforms.mixing import Mixing, Permutation, make_mixing
+from flowvi.transforms.networked import ConditionalNetworkTransform, NetworkTransform, is_as_written
 from flowvi.transforms.networks import DenseNetwork, dense, dense_backward, dense_pullback
 
 HIDDEN_DIMS = (32, 32)
@@ -141,9 +141,11 @@ class Coupling(NetworkTransform):
     def bind(self, num_particles: int, with_score: bool) -> Any:
         """See `InvertibleMap`: without a context, for maps that have a kernel, between permutations."""
         kernel = self.elementwise.kernel
-        if kernel is None or self.input_dim == 1 or self.context_dim or _has_rotation(self.mixings):
+        if kernel is None or self.input_dim == 1 or self.context_dim or not is_as_written(self, Coupling):
             return None
-        if not next(self.parameters()).is_cpu:
+        usual = all(type(network) is DenseNetwork for network in self.networks)
+        known = all(type(mixing) in (Mixing, Permutation) for mixing in self.mixings)
+        if not (usual and known and next(self.parameters()).is_cpu):
             return None
         networks = [[(cast(Tensor, d.weight), cast(Tensor, d.bias)) for d in n.layers] for n in self.networks]  # type: ignore[union-attr]
         order, num_stay = [], []
@@ -168,10 +170,6 @@ class Coupling(NetworkTransform):
     def extra_repr(self) -> str:
         """What print() shows between the brackets."""
         return f"D={self.input_dim}, K={self.num_flows}, {self.elementwise}"
-
-
-def _has_rotation(mixings: nn.ModuleList) -> bool:
-    return any(isinstance(mixing, Rotation) for mixing in mixings)
 
 
 def _broadcast(x: Tensor, context: Tensor) -> Tensor:

@@ -84,7 +84,11 @@ class Additive(Elementwise):
     """tau(x) = x + t: keeps volumes (NICE, Dinh et al. 2015, arXiv:1410.8516, section 3.2). P = 1."""
 
     num_params = 1
-    kernel = ("additive", ())
+
+    @property
+    def kernel(self) -> tuple[str, tuple[float, ...]] | None:
+        """See `Elementwise`; a class of its own may be another map."""
+        return ("additive", ()) if type(self) is Additive else None
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """See `Elementwise`."""

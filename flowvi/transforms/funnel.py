@@ -51,6 +51,7 @@ class Funnel(Transform):
     """
 
     has_path_score = True
+    tapeless = True
 
     def __init__(self, input_dim: int, *, reverse: bool = False, clip: float = CLIP) -> None:
         super().__init__(input_dim)

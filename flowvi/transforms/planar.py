@@ -126,6 +126,7 @@ class PlanarStack(Transform):
     """
 
     has_path_score = True
+    tapeless = True
 
     def __init__(self, input_dim: int, num_flows: int = 16, *, constraint: str = "squareplus") -> None:
         super().__init__(input_dim)

@@ -83,6 +83,7 @@ class RadialStack(Transform):
     """
 
     has_path_score = True
+    tapeless = True
 
     def __init__(self, input_dim: int, num_flows: int = 16) -> None:
         super().__init__(input_dim)

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from flowvi.checks import one_of, positive_numbers, whole_numbers
 from flowvi.errors import OptionError
+from flowvi.kernels.tiles import DAMPING
 from flowvi.transforms.autoregressive import Autoregressive, alternating
 from flowvi.transforms.coupling import Coupling
 from flowvi.transforms.elementwise import Elementwise
@@ -49,9 +50,6 @@ MIN_SHARE = 0.25
 
 MIN_SLOPE = 0.05
 """The least slope at a knot."""
-
-DAMPING = 0.5
-"""A parameter's number counts by this much: with numbers of order one, a few layers lose four digits, not eight."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +121,10 @@ class RationalQuadratic(Elementwise):
 
     @property
     def kernel(self) -> tuple[str, tuple[float, ...]] | None:
-        """See `Elementwise`."""
+        """See `Elementwise`; a class of its own may be another map."""
         box = self.box
-        return "spline", (box.num_bins, box.bound, box.min_share, box.min_slope)
+        mine = type(self) is RationalQuadratic
+        return ("spline", (box.num_bins, box.bound, box.min_share, box.min_slope)) if mine else None
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """See `Elementwise`."""

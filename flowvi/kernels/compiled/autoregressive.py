@@ -230,13 +230,6 @@ def backward(
     """
     kernel_ = _make_backward(p.dtype.type, g_log_det is not None)
     weight = p if g_log_det is None else g_log_det  # p: a placeholder that isn't read
-    args, parts = (g_y, weight, p, dense, order, kind, width, tape, g_x), _parts(dense, tape)
-
-    def task(start: int, stop: int) -> Any:
-        mine = np.empty_like(grad) if start else grad
-        kernel_(*args, mine, start, stop)
-        return mine
-
-    for more in threads.run(task, parts)[1:]:
-        grad += more
+    args = (g_y, weight, p, dense, order, kind, width, tape, g_x)
+    threads.add_up(lambda start, stop, own: kernel_(*args, own, start, stop), _parts(dense, tape), grad)
     _make_masks(p.dtype.type)(values, place, dense, mask, grad, True)

@@ -248,18 +248,4 @@ def backward(
     kernel_ = _make_backward(p.dtype.type, tau, g_log_det is not None)
     weight = p if g_log_det is None else g_log_det  # p: a placeholder that isn't read
     args = (g_y, weight, p, plan, dense, order, kind, fixed, width, tape, g_x)
-    parts = _parts(plan, dense, tape)
-    if len(parts) == 1:
-        kernel_(*args, grad, *parts[0])
-        return
-    low = int(dense[:, (WEIGHT, BIAS)].min())
-    high = int((dense[:, WEIGHT] + dense[:, NUM_IN] * dense[:, NUM_OUT]).max())
-    high = max(high, int((dense[:, BIAS] + dense[:, NUM_OUT]).max()))
-
-    def task(start: int, stop: int) -> Any:
-        mine = np.empty_like(grad) if start else grad
-        kernel_(*args, mine, start, stop)
-        return mine
-
-    for more in threads.run(task, parts)[1:]:
-        grad[low:high] += more[low:high]
+    threads.add_up(lambda start, stop, own: kernel_(*args, own, start, stop), _parts(plan, dense, tape), grad)

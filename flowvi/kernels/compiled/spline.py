@@ -1,7 +1,7 @@
 r"""Rational-quadratic splines on a tile of particles, as helpers of kernels; see `flowvi.transforms.spline`.
 
 A tile is as in `dense`. The raw parameters of the splines of a layer are rows of it, 3 K - 1 for each coordinate that
-moves; what derivatives are made of is kept in `kept_rows` rows of each.
+moves; what derivatives are made of is kept in `spline_rows` rows of each.
 
 Numbers that go through one loop lie in arrays of their own: of rows of one array the compiler doesn't know that they
 are apart, and from a handful on it doesn't ask.
@@ -15,18 +15,9 @@ import numpy as np
 
 from flowvi.kernels.compiled.elementary import exp, log
 from flowvi.kernels.compiled.jit import helper
+from flowvi.kernels.tiles import DAMPING, spline_rows
 
-DAMPING = 0.5  # of flowvi.transforms.spline, without importing it
-
-
-@helper()
-def kept_rows(num_bins: int) -> int:
-    """How many rows are kept of a coordinate.
-
-    They are the shares (K in x, K in y), the inner slopes' derivatives (K - 1), the number of the bin, the derivatives
-    of y and of log dy/dx by x, w, h, d_k, d_{k+1} (5, 5), and 1 in the box or 0 outside it.
-    """
-    return 3 * num_bins + 11
+kept_rows = helper()(spline_rows)
 
 
 @helper()

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 REPAYS = 250_000
@@ -32,6 +33,18 @@ def ranges(size: int, work: int, tile: int) -> list[tuple[int, int]]:
     tiles = -(-size // tile)
     borders = [min(size, (i * tiles // threads) * tile) for i in range(threads)] + [size]
     return list(pairwise(borders))
+
+
+def add_up(task: Callable[[int, int, Any], Any], parts: list[tuple[int, int]], total: Any) -> None:
+    """task(start, stop, array), which fills parts of an array like `total`, for every range; the sum in `total`."""
+
+    def own(start: int, stop: int) -> Any:
+        array = np.zeros_like(total) if start else total
+        task(start, stop, array)
+        return array
+
+    for more in run(own, parts)[1:]:
+        total += more
 
 
 def run(task: Callable[[int, int], Any], parts: list[tuple[int, int]]) -> list[Any]:
