@@ -32,7 +32,7 @@ from flowvi.fit.checkpoint import Checkpoint, _name, _word, whole_steps
 from flowvi.fit.descent import OPTIMIZERS, make_descent
 from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.engine import STOP_EVERY, Schedule
-from flowvi.fit.gradient import LEAST_STEPS, LOOK_EVERY
+from flowvi.fit.gradient import LOOK_EVERY
 from flowvi.objectives import ELBO, LinearAnneal, PathELBO
 from flowvi.progress import Bar, wanted
 from flowvi.random_state import kept, reseed
@@ -48,6 +48,7 @@ PATIENCE = 20
 CHECKS = 100  # of the held-out rows, in the course of a fit
 CHECKED_ROWS = 2000  # held-out rows at most for one check
 LOOP = "amortized"
+LEAST_STEPS = 1000  # that repay the second that it costs to record one
 GLOBALS_BETA2 = 0.99
 """Of Adam where there are global latents: while they are far off, gradients are some 100 times those at the end, and
 with .999 the sds of the global latents were still 1.5 times too large after 2,000 steps."""

@@ -29,7 +29,7 @@ from flowvi.density_fit import DensityFit, DensityHistory, MeanLogProb
 from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
 from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.engine import Schedule
-from flowvi.fit.gradient import LEAST_STEPS, LOOK_EVERY, Gradient, make_gradient
+from flowvi.fit.gradient import LOOK_EVERY, Gradient, make_gradient
 from flowvi.fit.rows import Rows, Scaling, as_rows, split
 from flowvi.flow import Flow, FlowSpec
 from flowvi.guides import default_base
@@ -49,6 +49,7 @@ LR_SHALLOW = 2e-2  # of fused stacks, which have few parameters and no network
 PATIENCE = 40
 STIR = 1.0  # size of what a network's last layer adds to a coordinate at the start, in sds of the data
 CHECKS = 100  # of the held-out rows, in the course of a fit
+LEAST_STEPS = 2000  # that repay the seconds that it costs to record one
 OPTIONS: dict[str, dict[str, Any]] = {
     "maf": {"clip": 2.0},
     "real_nvp": {"direction": "inverse"},

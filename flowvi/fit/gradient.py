@@ -16,10 +16,7 @@ from flowvi.fit.adam import FlatParameters
 from flowvi.graph import emit, keep, record, tidy
 from flowvi.random_state import kept
 
-__all__ = ["LEAST_STEPS", "LOOK_EVERY", "Gradient", "RecordedGradient", "make_gradient"]
-
-LEAST_STEPS = 1000
-"""Steps that repay the second or two that it costs to record one."""
+__all__ = ["LOOK_EVERY", "Gradient", "RecordedGradient", "make_gradient"]
 
 LOOK_EVERY = 500
 """Steps at least between two looks whether a recording still holds."""
