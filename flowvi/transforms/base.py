@@ -33,9 +33,9 @@ class InvertibleMap(TorchTransform):
     codomain = constraints.real_vector
     bijective = True
     has_path_score: ClassVar[bool] = False
-    tapeless: ClassVar[bool] = False
-    """Whether a step keeps next to nothing of the way forward, where `bind` can."""
     """Whether `forward_with_score` exists, at a cost of the order of the forward pass."""
+    tapeless: ClassVar[bool] = False
+    """Whether a bound step (`bind`) keeps next to nothing of the way forward."""
 
     input_dim: int
     _pair: Any = None  # (x, weak y, log|det|, version): what the cache remembers

@@ -18,18 +18,7 @@ from typing import Any
 import numpy as np
 
 from flowvi.kernels.compiled import threads
-from flowvi.kernels.compiled.dense import (
-    BIAS,
-    NUM_IN,
-    NUM_OUT,
-    ROW,
-    WEIGHT,
-    activate,
-    deactivate,
-    product,
-    pullback,
-    to_weights,
-)
+from flowvi.kernels.compiled.dense import NUM_IN, NUM_OUT, ROW, WEIGHT, deactivate, network, network_back, pullback
 from flowvi.kernels.compiled.elementary import exp
 from flowvi.kernels.compiled.jit import kernel, stamp
 from flowvi.kernels.compiled.tanh import tanh
@@ -84,15 +73,7 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
                     rows[d, c] = x[first + c, order[d]]
                     if with_score:
                         pull[d, c] = F(sign) * score[first + c, order[d]]
-            for n in range(depth):
-                last = n == depth - 1
-                to = out if last else dense[n + 1, ROW]
-                product(
-                    p, dense[n, WEIGHT], dense[n, BIAS], dense[n, NUM_IN], dense[n, NUM_OUT],
-                    rows, dense[n, ROW], rows, to, valid,
-                )  # fmt: skip
-                if not last:
-                    activate(kind, rows, to, dense[n, NUM_OUT], valid)
+            network(p, dense, 0, depth, kind, rows, out, valid)
             for d in range(dim):
                 for c in range(valid):
                     t = tanh(rows[out + 2 * d + 1, c] * per_clip)
@@ -167,13 +148,7 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
                     g[2 * d, c] = to_y
                     g[2 * d + 1, c] = to_l * rows[kept + dim + d, c]
                     pull[d, c] = to_x
-            for n in range(depth - 1, -1, -1):
-                num_in, num_out = dense[n, NUM_IN], dense[n, NUM_OUT]
-                to_weights(g, rows, dense[n, ROW], num_in, num_out, grad, dense[n, WEIGHT], dense[n, BIAS], valid)
-                pullback(p, dense[n, WEIGHT], num_in, (0, num_in), (0, num_out), g, h, valid)
-                g, h = h, g
-                if n > 0:
-                    deactivate(kind, g, rows, dense[n, ROW], (0, num_in), valid)
+            g, h = network_back(p, dense, 0, depth, kind, rows, g, h, grad, True, valid)
             for c in range(valid):
                 for d in range(dim):
                     g_x[first + c, order[d]] = pull[d, c] + g[d, c]

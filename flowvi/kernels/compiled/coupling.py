@@ -14,18 +14,7 @@ from typing import Any
 import numpy as np
 
 from flowvi.kernels.compiled import threads
-from flowvi.kernels.compiled.dense import (
-    BIAS,
-    NUM_IN,
-    NUM_OUT,
-    ROW,
-    WEIGHT,
-    activate,
-    deactivate,
-    product,
-    pullback,
-    to_weights,
-)
+from flowvi.kernels.compiled.dense import BIAS, NUM_IN, NUM_OUT, ROW, WEIGHT, network, network_back
 from flowvi.kernels.compiled.elementary import exp
 from flowvi.kernels.compiled.jit import kernel, stamp
 from flowvi.kernels.compiled.spline import spline_forward, spline_pull
@@ -71,15 +60,7 @@ def _make_forward(dtype: type, tau: int, with_score: bool) -> Any:
                 for j in range(stays):
                     for c in range(valid):
                         rows[dense[begin, ROW] + j, c] = z[order[k, j], c]
-                for n in range(begin, begin + depth):
-                    last = n == begin + depth - 1
-                    to = out if last else dense[n + 1, ROW]
-                    product(
-                        p, dense[n, WEIGHT], dense[n, BIAS], dense[n, NUM_IN], dense[n, NUM_OUT],
-                        rows, dense[n, ROW], rows, to, valid,
-                    )  # fmt: skip
-                    if not last:
-                        activate(kind, rows, to, dense[n, NUM_OUT], valid)
+                network(p, dense, begin, begin + depth, kind, rows, out, valid)
                 if tau == SPLINE:
                     bins, bound, share = int(fixed[0]), fixed[1], fixed[2]
                     spline_forward(
@@ -114,12 +95,7 @@ def _make_forward(dtype: type, tau: int, with_score: bool) -> Any:
                             if with_score:
                                 g[j, c] = pull[d, c]
                 if with_score:
-                    for n in range(begin + depth - 1, begin - 1, -1):
-                        num_in, num_out = dense[n, NUM_IN], dense[n, NUM_OUT]
-                        pullback(p, dense[n, WEIGHT], num_in, (0, num_in), (0, num_out), g, h, valid)
-                        g, h = h, g
-                        if n > begin:
-                            deactivate(kind, g, rows, dense[n, ROW], (0, num_in), valid)
+                    g, h = network_back(p, dense, begin, begin + depth, kind, rows, g, h, p, False, valid)
                     for j in range(stays):
                         d = order[k, j]
                         for c in range(valid):
@@ -185,13 +161,7 @@ def _make_backward(dtype: type, tau: int, with_log_det: bool) -> Any:
                         d = order[k, stays + j]
                         for c in range(valid):
                             g[j, c] = pull[d, c]
-                for n in range(begin + depth - 1, begin - 1, -1):
-                    num_in, num_out = dense[n, NUM_IN], dense[n, NUM_OUT]
-                    to_weights(g, rows, dense[n, ROW], num_in, num_out, grad, dense[n, WEIGHT], dense[n, BIAS], valid)
-                    pullback(p, dense[n, WEIGHT], num_in, (0, num_in), (0, num_out), g, h, valid)
-                    g, h = h, g
-                    if n > begin:
-                        deactivate(kind, g, rows, dense[n, ROW], (0, num_in), valid)
+                g, h = network_back(p, dense, begin, begin + depth, kind, rows, g, h, grad, True, valid)
                 for j in range(stays):
                     d = order[k, j]
                     for c in range(valid):

@@ -186,3 +186,48 @@ def deactivate(kind: int, pull: Any, rows: Any, first: int, some: tuple[int, int
             for c in range(size):
                 h = rows[first + j, c]
                 pull[j, c] *= one if h > zero else one + h
+
+
+@helper()
+def network(p: Any, dense: Any, begin: int, end: int, kind: int, rows: Any, out: int, size: int) -> None:
+    """The network of some dense layers, from where its input lies in the tile to its output's rows, `out` and on."""
+    for n in range(begin, end):
+        last = n == end - 1
+        to = out if last else dense[n + 1, ROW]
+        num_in, num_out = dense[n, NUM_IN], dense[n, NUM_OUT]
+        product(p, dense[n, WEIGHT], dense[n, BIAS], num_in, num_out, rows, dense[n, ROW], rows, to, size)
+        if not last:
+            activate(kind, rows, to, num_out, size)
+
+
+@helper()
+def network_back(
+    p: Any, dense: Any, begin: int, end: int, kind: int, rows: Any, g: Any, h: Any, grad: Any, learn: bool, size: int
+) -> tuple[Any, Any]:
+    """Pull a cotangent back through `network`.
+
+    Args:
+        p: the parameters.
+        dense: the table of dense layers.
+        begin: the first of them.
+        end: the last (exclusive).
+        kind: the activation.
+        rows: the tile, as `network` left it.
+        g: the cotangent of the output.
+        h: memory like it.
+        grad: to which the parameters' gradient is added.
+        learn: whether it is; if not, `grad` isn't read.
+        size: particles.
+
+    Returns:
+        The cotangent of the input, and the other of the two.
+    """
+    for n in range(end - 1, begin - 1, -1):
+        num_in, num_out = dense[n, NUM_IN], dense[n, NUM_OUT]
+        if learn:
+            to_weights(g, rows, dense[n, ROW], num_in, num_out, grad, dense[n, WEIGHT], dense[n, BIAS], size)
+        pullback(p, dense[n, WEIGHT], num_in, (0, num_in), (0, num_out), g, h, size)
+        g, h = h, g
+        if n > begin:
+            deactivate(kind, g, rows, dense[n, ROW], (0, num_in), size)
+    return g, h

@@ -139,30 +139,11 @@ def spline_forward(
         where = base + 3 * num_bins - 1
         for c in range(size):
             z[d, c] = image[c]
-        for c in range(size):
-            rows[where, c] = place[c]
-        for c in range(size):
-            rows[where + 1, c] = a0[c]
-        for c in range(size):
-            rows[where + 2, c] = a1[c]
-        for c in range(size):
-            rows[where + 3, c] = a2[c]
-        for c in range(size):
-            rows[where + 4, c] = a3[c]
-        for c in range(size):
-            rows[where + 5, c] = a4[c]
-        for c in range(size):
-            rows[where + 6, c] = b0[c]
-        for c in range(size):
-            rows[where + 7, c] = b1[c]
-        for c in range(size):
-            rows[where + 8, c] = b2[c]
-        for c in range(size):
-            rows[where + 9, c] = b3[c]
-        for c in range(size):
-            rows[where + 10, c] = b4[c]
-        for c in range(size):
-            rows[where + 11, c] = inside[c]
+        kept_values = (place, a0, a1, a2, a3, a4, b0, b1, b2, b3, b4, inside)
+        for i in range(len(kept_values)):
+            value = kept_values[i]
+            for c in range(size):
+                rows[where + i, c] = value[c]
 
 
 @helper()
