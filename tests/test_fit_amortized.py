@@ -307,11 +307,10 @@ def test_a_recorded_fit_is_the_fit(case, monkeypatch):
     model, x = options.pop("model", linear_gaussian), data(200)
     options = {"num_flows": 2, "lr": 2e-2, "seed": 1, "progress": False, "num_steps": 40} | options
     monkeypatch.setattr(amortized, "LOOK_EVERY", 10)
-    fits = [
-        flowvi.fit(model, x, encoder=nn.Sequential(nn.Linear(3, 4)), compile=c, **options)
-        for c in (True, False)
-        if torch.manual_seed(0)
-    ]
+    fits = []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        fits.append(flowvi.fit(model, x, encoder=nn.Linear(3, 4), compile=compile, **options))
     assert [f.config["recorded"] for f in fits] == [True, False]
     assert fits[1].config["direct"] == ("importance" not in case)
     torch.testing.assert_close(fits[0].history.train, fits[1].history.train, rtol=1e-4, atol=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +39,6 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     _ATEN.view.default: Tensor.view,
     _ATEN.expand.default: Tensor.expand,
     _ATEN.cat.default: torch.cat,
-    operator.getitem: operator.getitem,
 }
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Refused", "is_mutable", "is_random", "record"]
+from flowvi.targets.trace import READS_MEMORY
 
-_READS_MEMORY = ("numpy", "__array__", "tolist")
+__all__ = ["Refused", "is_mutable", "is_random", "record"]
 
 _UNSURE = (
     torch.Tag.data_dependent_output,
@@ -60,7 +60,7 @@ class _NoMemory(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _READS_MEMORY:
+        if name in READS_MEMORY:
             who = sys._getframe(1).f_globals.get("__name__", "")
             if not who.startswith("flowvi.kernels"):
                 raise Refused(f"{who} reads a tensor's memory (Tensor.{name})")

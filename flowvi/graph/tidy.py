@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from flowvi.graph.record import is_mutable, is_random
 from flowvi.kernels.linear import linear, pays
+from flowvi.targets.trace import NEUTRAL
 
 __all__ = ["keep", "tidy"]
 
@@ -31,15 +32,6 @@ _SHAPES_ALONE = (
 )
 """What reads of its argument is the same in every run."""
 _SHAPED = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.reshape.default, _ATEN.expand.default)
-_NEUTRAL: dict[Any, float] = {
-    _ATEN.add.Tensor: 0,
-    _ATEN.sub.Tensor: 0,
-    _ATEN.mul.Tensor: 1,
-    _ATEN.div.Tensor: 1,
-    _ATEN.mul.Scalar: 1,
-    _ATEN.pow.Tensor_Scalar: 1,
-}
-"""Operations that do nothing with this second argument."""
 
 
 class _Like(NamedTuple):
@@ -96,7 +88,7 @@ def tidy(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     _drop_unused(graph)
 
 
-def keep(module: fx.GraphModule, first: int) -> int:
+def keep(module: fx.GraphModule, first: int) -> None:
     """Copy outputs, each as soon as it is there, to places that are further inputs; they are outputs no longer.
 
     A gradient is copied while it is in the processor's cache, and its own memory serves the next one.
@@ -104,9 +96,6 @@ def keep(module: fx.GraphModule, first: int) -> int:
     Args:
         module: a graph.
         first: the number of the first output that is copied; so are those after it.
-
-    Returns:
-        How many places there are.
     """
     graph = module.graph
     output = next(n for n in graph.nodes if n.op == "output")
@@ -118,14 +107,17 @@ def keep(module: fx.GraphModule, first: int) -> int:
         with graph.inserting_after(value if value.op == "call_function" else last):
             graph.call_function(_ATEN.copy_.default, (last, value))
     output.args = (list(outputs[:first]),)
-    return len(outputs) - first
 
 
 def _fills_new_memory(node: fx.Node) -> bool:
     """Whether what the operation writes into is memory that nobody else has seen, as in torch.empty(3).normal_()."""
     into = node.args[0]
-    new = isinstance(into, fx.Node) and "empty" in str(into.target)
-    return new and is_random(node) and len(into.users) == 1  # type: ignore[union-attr]
+    return isinstance(into, fx.Node) and _is_new(into) and is_random(node) and len(into.users) == 1
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Whether the value is memory with nothing in it yet, such as torch.empty(3)."""
+    return "empty" in str(node.target)
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -134,7 +126,7 @@ def _is_constant(node: fx.Node) -> bool:
         return False
     if node.target in (*_LITERALS, *_SHAPES_ALONE):
         return True
-    if "empty" in str(node.target):
+    if _is_new(node):
         return False
     return all("constant" in n.meta for n in node.all_input_nodes)
 
@@ -165,14 +157,14 @@ def _same(node: fx.Node) -> fx.Node | None:
     if node.target is _ATEN.permute.default:
         dims: Any = node.args[1]
         return first if list(dims) == sorted(dims) else None
-    if node.target in _NEUTRAL and not node.kwargs and node.args[1] == _NEUTRAL[node.target]:
+    if node.target in NEUTRAL and not node.kwargs and node.args[1] == NEUTRAL[node.target]:
         return first
     return None
 
 
 def _done(node: fx.Node, done: dict[Any, fx.Node]) -> fx.Node | None:
     """The earlier node that does the same; None where there is none."""
-    if is_random(node) or is_mutable(node) or "empty" in str(node.target):
+    if is_random(node) or is_mutable(node) or _is_new(node):
         return None
     flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
     # repr tells 0.0 from -0.0, and 1 from True

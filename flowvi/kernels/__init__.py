@@ -1,8 +1,8 @@
-"""The recurrences behind planar and radial flows, compiled where they can be.
+"""The recurrences behind planar and radial flows, and layers with networks in them, compiled where they can be.
 
-`planar_stack` and the like are operators with gradients; `planar_step` and `radial_step` are the same work
-bound to memory, for a training loop; `use` chooses what does it. The reference of all is the plain torch of
-`planar`, `radial` and `root`.
+`planar_stack` and the like are operators with gradients; `planar_step`, `radial_step`, `coupling_step` and
+`autoregressive_step` are work bound to memory, for a training loop; `use` chooses what does it. The reference of all is
+plain torch: `planar`, `radial`, `root`, and for layers with networks their transforms.
 """
 
 from flowvi.kernels.autoregressive import autoregressive_step

@@ -38,5 +38,5 @@ class Maxout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The units at x."""
-        # Over a dimension that isn't the last, so that whole rows are compared: a fifth of the time of pairwise maxima.
+        # Over a dimension that isn't the last, so that whole rows are compared.
         return largest_of_window(self.linear(x).unflatten(-1, (self.window, -1)))

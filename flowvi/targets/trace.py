@@ -62,7 +62,7 @@ _COPIES = {
     aten._to_copy.default,
 }
 # Nor do these with this second argument.
-_NEUTRAL = {
+NEUTRAL = {
     aten.add.Tensor: 0,
     aten.add.Scalar: 0,
     aten.sub.Tensor: 0,
@@ -84,7 +84,7 @@ _FALLIBLE = {
 
 
 # They read memory that a traced tensor doesn't have.
-_READS_MEMORY = ("numpy", "__array__", "tolist", "data_ptr", "storage", "untyped_storage")
+READS_MEMORY = ("numpy", "__array__", "tolist", "data_ptr", "storage", "untyped_storage")
 
 
 class Traced(torch.Tensor):
@@ -128,7 +128,7 @@ def _refuse(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in _READS_MEMORY:
+for _name in READS_MEMORY:
     setattr(Traced, _name, _refuse(_name))
 
 
@@ -382,14 +382,14 @@ class _NoMemory(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _READS_MEMORY and torch._is_functional_tensor(args[0]):
+        if name in READS_MEMORY and torch._is_functional_tensor(args[0]):
             raise TraceError(f"Python code reads the memory of a tensor (Tensor.{name})")
         return func(*args, **(kwargs or {}))
 
 
 def _same_as(func: Any, args: tuple[Any, ...], out: Any) -> int | None:
     """Which argument the result is a mere copy of, if any."""
-    if func in _COPIES or (func in _NEUTRAL and isinstance(args[1], (int, float)) and args[1] == _NEUTRAL[func]):
+    if func in _COPIES or (func in NEUTRAL and isinstance(args[1], (int, float)) and args[1] == NEUTRAL[func]):
         which = 0
     elif func is aten.copy.default:
         which = 1
