@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 import flowvi
 from flowvi.errors import DimensionError, NonFiniteError, NumericalWarning, OptionError
 from flowvi.fit import amortized
-from flowvi.fit.amortized import Record
+from flowvi.fit.amortized_record import Record
 from flowvi.models import DLGM, Maxout
 
 W = torch.tensor([[1.0, 0.5], [-0.5, 1.0], [0.0, 0.0]])

@@ -7,9 +7,7 @@ import re
 import secrets
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from flowvi.amortized import AmortizedGuide
-from flowvi.amortized_fit import AmortizedFit, AmortizedHistory
+from flowvi.amortized_fit import AmortizedFit
 from flowvi.checks import positive_integers_or_none, positive_numbers_or_none
-from flowvi.errors import InterruptedWarning, NumericalWarning, OptionError
+from flowvi.errors import OptionError
 from flowvi.files import digest, plain
 from flowvi.fit.adam import FlatParameters
 from flowvi.fit.amortized_gradient import AmortizedGradient
+from flowvi.fit.amortized_record import Record, Settings, report_trouble
 from flowvi.fit.amortized_step import AmortizedStep, learnt_parameters
 from flowvi.fit.batches import Batches, split_rows
 from flowvi.fit.checkpoint import Checkpoint, _name, _word, whole_steps
@@ -52,68 +51,6 @@ LEAST_STEPS = 1000  # that repay the second that it costs to record one
 GLOBALS_BETA2 = 0.99
 """Of Adam where there are global latents: while they are far off, gradients are some 100 times those at the end, and
 with .999 the sds of the global latents were still 1.5 times too large after 2,000 steps."""
-
-
-COLLAPSE = 5.0
-"""A fit whose ELBO has fallen by so many times all it had gained, and its own size, goes back to its best and on from
-there with half the step: what an exploded network learns again is not worth the wait."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the loop walks, beside its `Schedule`.
-
-    Attributes:
-        batch_size: rows of a step.
-        patience: checks without improvement that end it.
-        optimizer: one of `OPTIMIZERS`.
-        constant: whether the step size stays as it is.
-        checked: held-out rows of a check.
-        record: whether a step is recorded, where it can be.
-    """
-
-    batch_size: int
-    patience: int
-    optimizer: str
-    constant: bool
-    checked: int
-    record: bool
-
-
-@dataclass
-class Record:
-    """What the loop saw: grows while it runs."""
-
-    checks: list[tuple[float, ...]] = field(default_factory=list)  # step, train, validation, lr, beta
-    best: float = -math.inf
-    best_step: int = 0
-    waited: int = 0
-    steps: int = 0
-    skipped_steps: int = 0
-    collapses: list[int] = field(default_factory=list)
-    """The number of checks made by each collapse."""
-    seconds: float = 0.0
-    stopped: str = "finished"
-    recorded: bool = False
-    """Whether the steps were those of a recording."""
-    changed_at: int = 0
-    """The step at which the recording was found to be one of something else, and left; 0 where it was not."""
-
-    @property
-    def has_collapsed(self) -> bool:
-        """Whether the last check is far below the best one since the last collapse, of those not annealed."""
-        since = self.checks[self.collapses[-1] if self.collapses else 0 :]
-        values = [train if math.isnan(held) else held for _, train, held, _, beta in since if beta == 1]
-        finite = [value for value in values if math.isfinite(value)]
-        if self.checks[-1][-1] != 1 or not finite:  # annealed, or nothing to go back to
-            return False
-        best = max(finite)
-        return not best - values[-1] <= COLLAPSE * max(best - finite[0], abs(best))
-
-    def history(self) -> AmortizedHistory:
-        """The same, for the user."""
-        step, train, held, lr, beta = torch.tensor(self.checks, dtype=torch.float64).reshape(-1, 5).unbind(-1)
-        return AmortizedHistory(step.long(), train, held, lr, beta, self.best_step, self.skipped_steps)
 
 
 def fit_amortized(
@@ -259,7 +196,7 @@ def fit_amortized(
     }
     config, timing = ranks.same((config | {"ranks": ranks.world}, timing))
     if ranks.is_first:
-        _report_trouble(record)
+        report_trouble(record)
     example = train.get(slice(2))
     return AmortizedFit(
         model, guide, parameters, learnt, example, config=config, timing=timing, history=record.history(), seed=seed
@@ -430,35 +367,3 @@ def _peak(device: torch.device) -> float | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def _report_trouble(record: Record) -> None:
-    if record.stopped == "interrupted":
-        warnings.warn(
-            InterruptedWarning(f"stopped by Ctrl-C after {record.steps} steps; this is the best so far."), stacklevel=4
-        )
-    if times := len(record.collapses):
-        warnings.warn(
-            NumericalWarning(
-                f"the ELBO collapsed {times} time{'s' if times > 1 else ''}; the fit went back to its best "
-                f"and on with half the step size. A smaller lr saves the steps that this cost."
-            ),
-            stacklevel=4,
-        )
-    if record.changed_at:
-        warnings.warn(
-            NumericalWarning(
-                f"model or encoder computed something else in step {record.changed_at} than where the fit had recorded "
-                f"them, and earlier steps may have been wrong: where their Python code changes in time, pass "
-                f"compile=False."
-            ),
-            stacklevel=4,
-        )
-    if record.skipped_steps:
-        warnings.warn(
-            NumericalWarning(
-                f"{record.skipped_steps} of {record.steps} steps were skipped because the ELBO or its gradient was not "
-                f"finite: look for outliers in the data, or lower lr."
-            ),
-            stacklevel=4,
-        )
