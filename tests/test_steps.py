@@ -11,6 +11,7 @@ from torch import nn
 import flowvi
 from flowvi import kernels
 from flowvi.fit.adam import CLIP, FlatAdam, FlatParameters
+from flowvi.fit.rmsprop import FlatRMSprop
 from flowvi.fit.steps import TapeStep, make_step
 from flowvi.kernels.compiled import threads
 from flowvi.kernels.tiles import tape_shape
@@ -290,40 +291,49 @@ def test_a_flat_gradient_is_that_of_autograd():
     assert all(p.grad is None for p in net)
 
 
+OPTIMIZERS = [
+    (FlatAdam, lambda p: torch.optim.Adam(p, lr=0.1)),
+    (FlatRMSprop, lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.99, momentum=0.9)),
+]
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_adam_is_torchs_adam(backend, dtype):
+@pytest.mark.parametrize(("kind", "torchs"), OPTIMIZERS, ids=["adam", "rmsprop"])
+def test_optimizers_are_torchs(kind, torchs, backend, dtype):
     torch.manual_seed(0)
     start = torch.randn(50, dtype=dtype)
     ours, grad = start.clone(), torch.zeros(50, dtype=dtype)
     theirs = start.clone().requires_grad_()
     with kernels.use(backend):
-        adam = FlatAdam(ours, grad)
-        expected = torch.optim.Adam([theirs], lr=0.1)
+        optimizer = kind(ours, grad)
+        expected = torchs([theirs])
         for step in range(30):
             grad.copy_(torch.randn(50, dtype=dtype))
             theirs.grad = grad.clone()
             expected.param_groups[0]["lr"] = 0.1 / (1 + step)
-            adam.step(0.1 / (1 + step))
+            optimizer.step(0.1 / (1 + step))
             expected.step()
-    assert torch.allclose(ours, theirs.detach(), atol=1e-6 if dtype == torch.float32 else 1e-13)
-    assert adam.skipped == 0
+    assert torch.allclose(ours, theirs.detach(), rtol=1e-5, atol=1e-6 if dtype == torch.float32 else 1e-13)
+    assert optimizer.skipped == 0
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_adam_skips_and_clips(backend):
+@pytest.mark.parametrize(("kind", "again"), [(FlatAdam, (0.9, 0.1)), (FlatRMSprop, (0.9, 1.0))])
+def test_optimizers_skip_and_clip(kind, again, backend):
     vector, grad = torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     with kernels.use(backend):
-        adam = FlatAdam(vector, grad)
-        adam.step(0.1)
-        before = [a.clone() for a in (vector, adam.mean, adam.square, adam.state[:2])]
+        optimizer = kind(vector, grad)
+        optimizer.step(0.1)
+        before = [a.clone() for a in (vector, optimizer.mean, optimizer.square, optimizer.state[:2])]
         for bad, usable in ((math.nan, True), (math.inf, True), (1.0, False), (1.0, torch.tensor(False))):
             grad.fill_(bad)
-            adam.step(0.1, usable)
-        assert adam.skipped == 4
-        assert all(
-            torch.equal(a, b) for a, b in zip(before, (vector, adam.mean, adam.square, adam.state[:2]), strict=True)
-        )
+            optimizer.step(0.1, usable)
+        assert optimizer.skipped == 4
+        after = (vector, optimizer.mean, optimizer.square, optimizer.state[:2])
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         grad.fill_(1e6)
-        adam.step(0.1)
-        assert torch.allclose(adam.mean, torch.full((3,), 0.09 + 0.1 * CLIP, dtype=torch.float64))
+        optimizer.step(0.1)
+        kept, taken = again
+        added = CLIP if kind is FlatAdam else CLIP / (optimizer.square.sqrt() + 1e-8)
+        assert torch.allclose(optimizer.mean, kept * before[1] + taken * added)

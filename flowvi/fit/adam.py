@@ -6,7 +6,9 @@ counted. Nothing leaves the device: no step waits for a number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +95,17 @@ class FlatMoments:
         state: float64 (3,): steps taken, running length of the gradient, steps skipped.
     """
 
+    _maker: str  # of the kernel of a step
+
     def __init__(self, vector: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> None:
         self.vector, self.grad = vector.detach(), grad
         self.mean, self.square = moments or (torch.zeros_like(self.vector), torch.zeros_like(self.vector))
         self.state = torch.zeros(3, dtype=torch.float64, device=vector.device)
+        module = dispatch.compiled("descent", self.vector, grad)
+        self._kernel: Callable[..., Any] | None = None
+        if module is not None:
+            arrays = [a.numpy() for a in (self.vector, grad, self.mean, self.square, self.state)]
+            self._kernel = partial(getattr(module, self._maker)(arrays[0].dtype.type), *arrays)
 
     @property
     def skipped(self) -> int:
@@ -135,17 +144,13 @@ class FlatAdam(FlatMoments):
         moments: see `FlatMoments`.
     """
 
+    _maker = "make_adam"
+
     def __init__(
         self, vector: Tensor, grad: Tensor, beta2: float = BETA2, moments: tuple[Tensor, Tensor] | None = None
     ) -> None:
         super().__init__(vector, grad, moments)
         self.beta2 = beta2
-        self._kernel = None
-        module = dispatch.compiled("training", self.vector, grad)
-        if module is not None:
-            arrays = [a.numpy() for a in (self.vector, grad, self.mean, self.square, self.state)]
-            self._arrays = arrays
-            self._kernel = module.make_adam(arrays[0].dtype.type)
 
     def step(self, lr: float | Tensor, usable: Tensor | bool = True, length: float = -1.0) -> None:
         """One step of size `lr`, unless the gradient is not finite or `usable` is false.
@@ -156,7 +161,7 @@ class FlatAdam(FlatMoments):
             length: of the gradient that this one is a part of; below 0 this one is all of it.
         """
         if self._kernel is not None:
-            self._kernel(*self._arrays, lr, CLIP, KEEP, BETA1, self.beta2, EPS, bool(usable), length)
+            self._kernel(lr, CLIP, KEEP, BETA1, self.beta2, EPS, bool(usable), length)
             return
         g, taking = self._cut(length, usable)
         taken = self.state[0]

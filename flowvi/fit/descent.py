@@ -106,7 +106,7 @@ class SharedDescent(Descent):
         self._grads, self._grad = shared[3:, mine], grads[ranks.rank][mine]
         self._optimizer = kind(vector[mine], self._grad, moments=(mean[mine], square[mine]), **options)
         self.state = [mean, square, self._optimizer.state]
-        module = dispatch.compiled("training", self._grad)
+        module = dispatch.compiled("descent", self._grad)
         self._kernel = None
         if module is not None:
             places = mine.start, mine.stop - mine.start, len(vector), ranks.world, ranks.rank

@@ -1,4 +1,4 @@
-"""What a training step does beside the flow, each as one loop: base density, cotangents, affine map, Adam.
+"""What a training step does beside the flow, each as one loop: base density, cotangents, affine map.
 
 For a few hundred numbers a torch operation costs more to call than to compute; these replace about fifty of
 them. Arrays are C-contiguous and of one dtype, particles (S, D), as in `flowvi.kernels.step`.
@@ -166,73 +166,3 @@ def make_affine(dtype: type) -> tuple[Any, Any]:
         return TAG
 
     return forward, backward
-
-
-@cache
-def make_adam(dtype: type) -> Any:
-    """One step of Adam on a flat vector, with clipping by the running length; see `flowvi.fit.adam`."""
-    F, TAG = dtype, stamp()
-
-    @kernel
-    def adam(
-        p: Any, g: Any, m: Any, v: Any, state: Any, lr: float, clip: float, keep: float,
-        beta1: float, beta2: float, eps: float, usable: bool, norm: float,
-    ) -> int:  # fmt: skip
-        """state: steps taken, running length of the gradient (0 before the first), steps skipped.
-
-        norm: the length of the gradient that g is a part of; below 0, g is all of it.
-        """
-        if norm < 0.0:
-            total = 0.0
-            for i in range(len(g)):
-                total += np.float64(g[i]) * np.float64(g[i])
-            norm = math.sqrt(total)
-        if not usable or not math.isfinite(norm):
-            state[2] += 1.0
-            return TAG
-        typical = state[1] if state[0] > 0.0 else norm
-        factor = 1.0
-        if norm > clip * typical:
-            factor = clip * typical / norm
-            norm = clip * typical
-        state[0] += 1.0
-        state[1] = keep * typical + (1.0 - keep) * norm
-        step = lr / (1.0 - beta1 ** state[0])
-        root = math.sqrt(1.0 - beta2 ** state[0])
-        c, a, b, a1, b1 = F(factor), F(beta1), F(beta2), F(1.0 - beta1), F(1.0 - beta2)
-        for i in range(len(g)):
-            gi = c * g[i]
-            m[i] = a * m[i] + a1 * gi
-            v[i] = b * v[i] + b1 * gi * gi
-            p[i] -= F(step) * m[i] / (np.sqrt(v[i]) / F(root) + F(eps))
-        return TAG
-
-    return adam
-
-
-@cache
-def make_mean(dtype: type) -> Any:
-    """Make one part of a vector the mean of several, all of one size and `stride` apart; its squared length."""
-    F, TAG = dtype, stamp()
-    TILE = 4096  # stays in the nearest cache
-
-    @kernel
-    def mean(vector: Any, first: int, size: int, stride: int, parts: int, own: int) -> float:
-        per = F(1.0 / parts)
-        total = 0.0 * TAG
-        for start in range(first, first + size, TILE):
-            length = min(TILE, first + size - start)
-            tile = vector[start + own * stride : start + own * stride + length]
-            for part in range(parts):
-                if part == own:
-                    continue
-                begin = start + part * stride
-                other = vector[begin : begin + length]
-                for i in range(length):
-                    tile[i] += other[i]
-            for i in range(length):
-                tile[i] *= per
-                total += np.float64(tile[i]) * np.float64(tile[i])
-        return total
-
-    return mean
