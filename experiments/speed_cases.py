@@ -33,6 +33,8 @@ from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.amortized_gradient import AmortizedGradient
 from flowvi.fit.amortized_step import AmortizedStep, learnt_parameters
 from flowvi.fit.batches import Batches
+from flowvi.fit.distributed import ALONE
+from flowvi.fit.factored_descent import make_descent
 from flowvi.fit.steps import make_step
 from flowvi.models import DLGM
 from flowvi.objectives import ELBO, BalancedELBO
@@ -179,14 +181,14 @@ def amortized_step(batch_size: int, num_flows: int, shared_directions: bool, see
         step = AmortizedStep(dlgm.model, guide, flowvi.PathELBO(1), first, data)
         flat = FlatParameters(learnt_parameters(dlgm.model, guide, first))
         gradient = AmortizedGradient(step, flat, (first, data.minibatch(1, batch_size, seed)), record=True)
-        adam = FlatAdam(flat.vector, flat.grad)
+        descent = make_descent(flat, ALONE, "adam", gradient)
     turns = itertools.count()
 
     def run(n: int) -> None:
         with store.scope(learnt), pyro.validation_enabled(False):
             for _ in range(n):
                 elbo = gradient(data.minibatch(next(turns), batch_size, seed), 1.0)
-                adam.step(speed_peers.LR, elbo.isfinite())
+                descent.step(speed_peers.LR, elbo)
 
     return run
 

@@ -20,7 +20,10 @@ import flowvi
 from experiments import images, mnist
 from flowvi.errors import InterruptedWarning, OptionError, RankLostError, TargetError
 from flowvi.fit.adam import FlatAdam, FlatParameters
+from flowvi.fit.descent import SharedDescent
 from flowvi.fit.distributed import Ranks, Split
+from flowvi.fit.factored_descent import FactoredDescent
+from flowvi.fit.gradient import Gradient, RecordedGradient
 from flowvi.fit.steps import make_step
 
 QUIET = {"progress": False, "verify": False, "seed": 0, "dtype": torch.float64}
@@ -185,6 +188,52 @@ def amortized(distributed, optimizer="adam"):
     return {"weights": weights, "train": fit.history.train, "odd": odd}
 
 
+def factored(compiled, dtype, skip=()):
+    """What `amortized` gives, of layers large enough that ranks exchange factors, and how many steps went without.
+
+    Args:
+        compiled: whether steps are recorded, so that there are factors.
+        dtype: of everything.
+        skip: steps that this rank takes by autograd.
+    """
+    calls, taken, recorded = [], [], RecordedGradient.__call__
+    kinds = (SharedDescent, SharedDescent.step), (FactoredDescent, FactoredDescent.step)
+
+    def count(kind, step):
+        def counted(self, lr, elbo):
+            taken.append(kind)
+            return step(self, lr, elbo)
+
+        kind.step = counted
+
+    def sometimes(self, *inputs):
+        calls.append(None)
+        return Gradient.__call__(self, *inputs) if len(calls) in skip else recorded(self, *inputs)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=dtype), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ torch.ones(2, 40, dtype=dtype), 1.0).to_event(1), obs=x)
+
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.Tanh(), torch.nn.Linear(50, 30)).to(dtype)
+    x = torch.randn(200, 40, dtype=dtype)
+    for kind, step in kinds:
+        count(kind, step)
+    RecordedGradient.__call__ = sometimes
+    try:
+        fit = flowvi.fit(
+            model, (x,), encoder=encoder, num_flows=2, num_steps=60, batch_size=8, lr=1e-3, validation=0, seed=0,
+            compile=compiled, distributed=True, progress=False,
+        )  # fmt: skip
+    finally:
+        RecordedGradient.__call__ = recorded
+        for kind, step in kinds:
+            kind.step = step
+    weights = torch.cat([p.detach().reshape(-1) for p in encoder.parameters()])
+    return {"weights": weights, "train": fit.history.train, "taken": [taken.count(kind) for kind, _ in kinds]}
+
+
 def by_messages(ranks, function):
     """What a function gives when the ranks share no memory."""
     memory, ranks._memory = ranks._memory, None
@@ -256,6 +305,11 @@ def everything(folder):
         "rmsprop": amortized(True, "rmsprop"),
         "rmsprop by messages": by_messages(ranks, lambda: amortized(True, "rmsprop")),
         "fit by messages": by_messages(ranks, lambda: outcome(flowvi.fit(bent, dim=2, **fit))),
+        "whole": factored(False, torch.float64),
+        "factored": factored(True, torch.float64),
+        "factored, not always": factored(True, torch.float64, skip=(10, 11, 30) if ranks.rank else (11, 20)),
+        "factored float32": factored(True, torch.float32),
+        "whole float32": factored(False, torch.float32),
         **sums(ranks),
         "experiment": experiment(folder),
         "not finite": nan_on_the_last_rank(ranks),

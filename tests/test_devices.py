@@ -22,8 +22,8 @@ from flowvi.amortized import AmortizedGuide
 from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.amortized_step import AmortizedStep
 from flowvi.fit.batches import Batches
-from flowvi.fit.descent import make_descent
 from flowvi.fit.distributed import ALONE
+from flowvi.fit.factored_descent import make_descent
 from flowvi.fit.replay import Replay, Update, make_update
 from flowvi.fit.rmsprop import FlatRMSprop
 from flowvi.fit.steps import make_step

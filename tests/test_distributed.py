@@ -20,6 +20,7 @@ from flowvi.errors import OptionError
 from flowvi.fit import distributed, host_memory
 from flowvi.fit.distributed import ALONE, TIMEOUT_NAME, VARIABLES, Ranks, _timeout, local_device
 from flowvi.fit.host_memory import SWITCH, HostMemory
+from flowvi.kernels.dispatch import has_numba
 from tests import ranks_program
 
 PROGRAM = Path(ranks_program.__file__)
@@ -130,6 +131,24 @@ def test_minibatches_of_an_encoder_are_split(both):
     assert alone["odd"] is None
     assert float(first["train"][-20:].mean()) == pytest.approx(float(alone["train"][-20:].mean()), abs=0.3)
     assert float(first["train"][-20:].mean()) > float(first["train"][0])
+
+
+@shares_memory
+@pytest.mark.skipif(not has_numba(), reason="products are left open where numba is installed")
+def test_ranks_that_exchange_factors_learn_what_they_learn_from_whole_gradients(both):
+    for name, whole, plainly in (
+        ("factored", "whole", 1),  # the first step, before which nobody knows how long a gradient is
+        ("factored, not always", "whole", 1 + 4),
+        ("factored float32", "whole float32", 1),
+    ):
+        first, second = (found[name] for found in both)
+        expected = both[0][whole]
+        tolerance = 1e-3 if "32" in name else 1e-9
+        assert first["taken"] == second["taken"] == [plainly, 60]
+        assert expected["taken"] == [60, 0]
+        for part in ("weights", "train"):
+            assert torch.equal(first[part], second[part])
+            torch.testing.assert_close(first[part], expected[part], rtol=tolerance, atol=tolerance)
 
 
 @shares_memory

@@ -6,6 +6,8 @@ counted. Nothing leaves the device: no step waits for a number.
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -81,7 +83,7 @@ class FlatParameters:
                 p.copy_(p)  # a new version, so that no transform's cache is taken for fresh
 
 
-class FlatMoments:
+class FlatMoments(ABC):
     """What an optimizer of one vector remembers.
 
     Args:
@@ -93,6 +95,7 @@ class FlatMoments:
         mean: the first moment, of the vector's shape.
         square: the second moment.
         state: float64 (3,): steps taken, running length of the gradient, steps skipped.
+        along_rows: the kernel of a step along a part of the gradient that is not in memory; None where there is none.
     """
 
     _maker: str  # of the kernel of a step
@@ -103,9 +106,12 @@ class FlatMoments:
         self.state = torch.zeros(3, dtype=torch.float64, device=vector.device)
         module = dispatch.compiled("descent", self.vector, grad)
         self._kernel: Callable[..., Any] | None = None
+        self.along_rows: Callable[..., float] | None = None
         if module is not None:
             arrays = [a.numpy() for a in (self.vector, grad, self.mean, self.square, self.state)]
-            self._kernel = partial(getattr(module, self._maker)(arrays[0].dtype.type), *arrays)
+            kind = arrays[0].dtype.type
+            self._kernel = partial(getattr(module, self._maker)(kind), *arrays)
+            self.along_rows = getattr(module, f"{self._maker}_rows")(kind)
 
     @property
     def skipped(self) -> int:
@@ -126,6 +132,20 @@ class FlatMoments:
         taken += ok
         typical.copy_(torch.where(ok, KEEP * typical_ + (1 - KEEP) * cut, typical))
         return g, ok.to(g)
+
+    def is_typical(self, length: float) -> bool:
+        """Whether a gradient that is not longer than this is one to be followed, uncut."""
+        taken, typical, _ = self.state.tolist()
+        return taken > 0 and length <= CLIP * typical  # NaN is not
+
+    @abstractmethod
+    def rates(self, lr: float) -> tuple[float, ...]:
+        """What `along_rows` is told for the step of size `lr` that comes next; `count` it after its last part."""
+
+    def count(self, length: float) -> None:
+        """Remember that a step was taken along a gradient of this length, not cut."""
+        taken, typical, skipped = self.state.tolist()
+        self.state.copy_(torch.tensor([taken + 1, KEEP * typical + (1 - KEEP) * length, skipped], dtype=torch.float64))
 
     def forget(self) -> None:
         """Start again from here: without moments, but with the number of steps skipped."""
@@ -151,6 +171,11 @@ class FlatAdam(FlatMoments):
     ) -> None:
         super().__init__(vector, grad, moments)
         self.beta2 = beta2
+
+    def rates(self, lr: float) -> tuple[float, ...]:
+        """See `FlatMoments`."""
+        taken = float(self.state[0]) + 1
+        return lr / (1 - BETA1**taken), math.sqrt(1 - self.beta2**taken), BETA1, self.beta2, EPS
 
     def step(self, lr: float | Tensor, usable: Tensor | bool = True, length: float = -1.0) -> None:
         """One step of size `lr`, unless the gradient is not finite or `usable` is false.

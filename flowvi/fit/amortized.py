@@ -28,9 +28,10 @@ from flowvi.fit.amortized_record import Record, Settings, report_trouble
 from flowvi.fit.amortized_step import AmortizedStep, learnt_parameters
 from flowvi.fit.batches import Batches, split_rows
 from flowvi.fit.checkpoint import Checkpoint, _name, _word, whole_steps
-from flowvi.fit.descent import OPTIMIZERS, make_descent
+from flowvi.fit.descent import OPTIMIZERS
 from flowvi.fit.distributed import ALONE, Ranks
 from flowvi.fit.engine import STOP_EVERY, Schedule
+from flowvi.fit.factored_descent import make_descent
 from flowvi.fit.gradient import LOOK_EVERY
 from flowvi.objectives import ELBO, LinearAnneal, PathELBO
 from flowvi.progress import Bar, wanted
@@ -236,7 +237,7 @@ def _maximize(
     share = ranks.share(walk.batch_size)
     two = train.minibatch(0, walk.batch_size, seed, share), train.minibatch(1, walk.batch_size, seed, share)
     gradient = AmortizedGradient(step, flat, two, walk.record)  # before other ranks see the parameters moved aside
-    descent = make_descent(flat, ranks, walk.optimizer, **options)
+    descent = make_descent(flat, ranks, walk.optimizer, gradient, **options)
     record, best = Record(), flat.vector.clone()
     every = max(1, schedule.num_steps // CHECKS)
     objective: Any = step.objective

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from flowvi.fit.adam import FlatParameters
 from flowvi.fit.amortized_step import AmortizedStep, Loss
 from flowvi.fit.batches import Call
-from flowvi.fit.gradient import Gradient, make_gradient
+from flowvi.fit.gradient import Factors, RecordedGradient, make_gradient
+from flowvi.graph import Opened
 
 __all__ = ["AmortizedGradient"]
 
@@ -58,14 +59,14 @@ class AmortizedGradient:
         self.step, self.flat = step, flat
         self._loss = _TensorLoss(step, calls[0])
         self._beta = torch.ones((), dtype=flat.vector.dtype, device=flat.vector.device)
-        self._recorded: Gradient | None = None
+        self._recorded: RecordedGradient | None = None
         others = self._loss.tensors(calls[1])
         if record and others is not None:
             with pyro.validation_enabled(False):
                 inputs = self._loss.tensors(calls[0])
                 assert inputs is not None
                 found = make_gradient(self._loss, flat, [self._beta, *inputs], [self._beta * 0.5, *others])
-            self._recorded = found if found.recorded else None
+            self._recorded = found if isinstance(found, RecordedGradient) else None
 
     @property
     def recorded(self) -> bool:
@@ -81,6 +82,15 @@ class AmortizedGradient:
         loss = self.step(call, beta)
         self.flat.backward(loss.surrogate)
         return loss.elbo
+
+    def openable(self) -> Opened | None:
+        """What `leave_open` leaves open; None where there is no recording."""
+        return None if self._recorded is None else self._recorded.openable()
+
+    def leave_open(self, factors: Factors) -> None:
+        """See `flowvi.fit.gradient.RecordedGradient`."""
+        assert self._recorded is not None
+        self._recorded.leave_open(factors)
 
     def holds(self, call: Call, beta: float) -> bool:
         """Whether the recording, where there is one, gives what the step gives."""

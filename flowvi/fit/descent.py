@@ -1,8 +1,9 @@
-"""An optimizer's steps on a loss whose minibatch is split over ranks.
+"""An optimizer's steps on a loss whose minibatch may be split over ranks.
 
 Ranks of one machine have the parameters, their gradients and the optimizer's memory in common: each sums up a part of
 the gradient and moves that part of the parameters, for all of them (the sharded data parallelism of Rajbhandari et al.
 2020, arXiv:1910.02054, where nothing needs to be sent). Other ranks exchange the gradient, and each moves them all.
+Where a recorded gradient is mostly products of matrices, they are left open; see `flowvi.fit.factored_descent`.
 """
 
 from __future__ import annotations
@@ -18,25 +19,9 @@ from flowvi.fit.distributed import Ranks
 from flowvi.fit.rmsprop import FlatRMSprop
 from flowvi.kernels import dispatch
 
-__all__ = ["OPTIMIZERS", "Descent", "SharedDescent", "make_descent"]
+__all__ = ["OPTIMIZERS", "Descent", "SharedDescent"]
 
 OPTIMIZERS: dict[str, type[FlatAdam] | type[FlatRMSprop]] = {"adam": FlatAdam, "rmsprop": FlatRMSprop}
-
-
-def make_descent(flat: FlatParameters, ranks: Ranks, optimizer: str, **options: Any) -> Descent:
-    """The quickest way there is for these ranks.
-
-    Args:
-        flat: the parameters, which get the values of rank 0, and may get other memory.
-        ranks: over which minibatches are split in equal shares.
-        optimizer: one of `OPTIMIZERS`.
-        **options: of the optimizer.
-    """
-    ranks.broadcast_(flat.vector)
-    own = 3  # the parameters and two moments, beside a gradient of each rank
-    shared = ranks.shared((own + ranks.world, flat.vector.numel()), flat.vector)
-    kind = OPTIMIZERS[optimizer]
-    return Descent(flat, ranks, kind, options) if shared is None else SharedDescent(flat, ranks, kind, options, shared)
 
 
 class Descent:
@@ -49,6 +34,7 @@ class Descent:
         options: of the optimizer.
 
     Attributes:
+        optimizer: of the parameters, or of this rank's part of them.
         state: what the optimizer remembers, of all parameters: the two moments, and its `state`.
     """
 
@@ -56,8 +42,8 @@ class Descent:
         self, flat: FlatParameters, ranks: Ranks, kind: type[FlatAdam] | type[FlatRMSprop], options: dict[str, Any]
     ) -> None:
         self.flat, self.ranks = flat, ranks
-        self._optimizer = kind(flat.vector, flat.grad, **options)
-        self.state = [self._optimizer.mean, self._optimizer.square, self._optimizer.state]
+        self.optimizer = kind(flat.vector, flat.grad, **options)
+        self.state = [self.optimizer.mean, self.optimizer.square, self.optimizer.state]
 
     def step(self, lr: float, elbo: Tensor) -> Tensor:
         """One step of size `lr`, of which the gradient is in `flat`; a scalar like `elbo`, its mean over ranks.
@@ -66,17 +52,17 @@ class Descent:
         """
         elbo = self.ranks.mean_(elbo.clone())
         self.ranks.mean_(self.flat.grad)
-        self._optimizer.step(lr, elbo.isfinite())
+        self.optimizer.step(lr, elbo.isfinite())
         return elbo
 
     def forget(self) -> None:
         """Start again from here."""
-        self._optimizer.forget()
+        self.optimizer.forget()
 
     @property
     def skipped(self) -> int:
         """Steps that were not taken."""
-        return self._optimizer.skipped
+        return self.optimizer.skipped
 
 
 class SharedDescent(Descent):
@@ -103,22 +89,23 @@ class SharedDescent(Descent):
         self.flat, self.ranks = flat, ranks
         mine = ranks.share(len(vector))
         # The mean takes the place of this rank's own: nobody else reads that part of it.
-        self._grads, self._grad = shared[3:, mine], grads[ranks.rank][mine]
-        self._optimizer = kind(vector[mine], self._grad, moments=(mean[mine], square[mine]), **options)
-        self.state = [mean, square, self._optimizer.state]
-        module = dispatch.compiled("descent", self._grad)
+        self._grads, self._mine = shared[3:], mine
+        self.optimizer = kind(vector[mine], flat.grad[mine], moments=(mean[mine], square[mine]), **options)
+        self.state = [mean, square, self.optimizer.state]
+        module = dispatch.compiled("descent", flat.grad)
         self._kernel = None
         if module is not None:
-            places = mine.start, mine.stop - mine.start, len(vector), ranks.world, ranks.rank
-            self._arguments = shared[3:].reshape(-1).numpy(), *places
+            self._arguments = shared[3:].reshape(-1).numpy(), len(vector), ranks.world, ranks.rank
             self._kernel = module.make_mean(self._arguments[0].dtype.type)
         ranks.barrier()  # after which nobody writes the first values any more
 
     def step(self, lr: float, elbo: Tensor) -> Tensor:
         """See `Descent`."""
         elbo = self.ranks.mean_(elbo.clone())  # after which all gradients are there
-        length = self.ranks.sum_(torch.tensor(self._mean(), dtype=torch.float64))  # after which all have been read
-        self._optimizer.step(lr, elbo.isfinite(), math.sqrt(length))
+        length = self.ranks.sum_(
+            torch.tensor(self.mean(self._mine), dtype=torch.float64)
+        )  # after which all have been read
+        self.optimizer.step(lr, elbo.isfinite(), math.sqrt(length))
         self.ranks.barrier()  # after which all parameters are there
         return elbo
 
@@ -127,9 +114,11 @@ class SharedDescent(Descent):
         super().forget()
         self.ranks.barrier()  # after which all moments are forgotten
 
-    def _mean(self) -> float:
-        """Fill this rank's part of the gradient; its squared length."""
+    def mean(self, part: slice) -> float:
+        """Fill a part of this rank's gradient with the mean over ranks; its squared length."""
         if self._kernel is not None:
-            return self._kernel(*self._arguments)
-        self._grad.copy_(self._grads.mean(0))
-        return float(torch.linalg.vector_norm(self._grad, dtype=torch.float64).square())
+            vector, *places = self._arguments
+            return self._kernel(vector, part.start, part.stop - part.start, *places)
+        into = self.flat.grad[part]
+        into.copy_(self._grads[:, part].mean(0))
+        return float(torch.linalg.vector_norm(into, dtype=torch.float64).square())

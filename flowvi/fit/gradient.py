@@ -8,15 +8,16 @@ takes many steps asks again from time to time (`Gradient.holds`), for code that 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from flowvi.fit.adam import FlatParameters
-from flowvi.graph import emit, keep, record, tidy
+from flowvi.graph import Opened, emit, keep, open_products, record, tidy
 from flowvi.random_state import kept
 
-__all__ = ["LOOK_EVERY", "Gradient", "RecordedGradient", "make_gradient"]
+__all__ = ["LOOK_EVERY", "Factors", "Gradient", "RecordedGradient", "make_gradient"]
 
 LOOK_EVERY = 500
 """Steps at least between two looks whether a recording still holds."""
@@ -30,6 +31,21 @@ ASIDE = 1e-2
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 """Of tensors: what is to go down, and a number to report."""
+
+
+class Factors:
+    """What the products in a gradient that is left open are products of (`flowvi.graph.open_products`).
+
+    Args:
+        places: which they are copied to; None: they are given as they come.
+
+    Attributes:
+        found: by a call of the gradient that left it open, for whoever takes them to make None again.
+    """
+
+    def __init__(self, places: Sequence[Tensor] | None = None) -> None:
+        self.places = places
+        self.found: Sequence[Tensor] | None = None
 
 
 class Gradient:
@@ -81,33 +97,76 @@ class RecordedGradient(Gradient):
             found = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
             return [seen.detach(), *found]
 
-        module = record(both, [*parameters, *inputs])
-        tidy(module, [*parameters, *inputs])
-        keep(module, first=1)
-        self._run = emit(module)
+        self._module = record(both, [*parameters, *inputs])
+        tidy(self._module, [*parameters, *inputs])
+        self._whole = self._emit(self._twin(), range(len(parameters)))
+        self._open: tuple[Callable[..., Any], Opened, Factors] | None = None
         self._places: tuple[Tensor | None, list[Tensor]] = None, []
         self._kinds = [(t.shape, t.dtype, t.device) for t in inputs]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """See `Gradient`."""
-        if [(t.shape, t.dtype, t.device) for t in inputs] != self._kinds:
+        if self._open is None:
+            return self._call_whole(*inputs)
+        if not self._is_recorded(inputs):
             return super().__call__(*inputs)
+        run, opened, factors = self._open
+        parts = self._parts()
+        with torch.no_grad():
+            places = (*(parts[number] for number in opened.whole), *(factors.places or ()))
+            seen, *found = run(*self.flat.parameters, *inputs, *places)
+        factors.found = factors.places or found
+        return seen
+
+    def _call_whole(self, *inputs: Tensor) -> Tensor:
+        if not self._is_recorded(inputs):
+            return super().__call__(*inputs)
+        with torch.no_grad():
+            (seen,) = self._whole(*self.flat.parameters, *inputs, *self._parts())
+        return seen
+
+    def _is_recorded(self, inputs: Sequence[Tensor]) -> bool:
+        return [(t.shape, t.dtype, t.device) for t in inputs] == self._kinds
+
+    def _parts(self) -> list[Tensor]:
+        """The parameters' parts of the flat gradient."""
         if self._places[0] is not self.flat.grad:
             self._places = self.flat.grad, self.flat.split(self.flat.grad)
-        with torch.no_grad():
-            (seen,) = self._run(*self.flat.parameters, *inputs, *self._places[1])
-        return seen  # type: ignore[return-value]
+        return self._places[1]
+
+    def _twin(self) -> fx.GraphModule:
+        """The recording again, to be changed."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self._module.graph, {}))
+        return fx.GraphModule(self._module, graph)
+
+    @staticmethod
+    def _emit(module: fx.GraphModule, numbers: Sequence[int]) -> Callable[..., Any]:
+        """The function; of the outputs after the first one, these are copied to further arguments."""
+        keep(module, [1 + number for number in numbers])
+        return emit(module)
 
     def holds(self, *inputs: Tensor) -> bool:
         """See `Gradient`."""
         found = []
-        for take in (super().__call__, self):
+        for take in (super().__call__, self._call_whole):
             with kept():
                 seen = take(*inputs)
             found.append((seen.double(), self.flat.grad.clone()))
         (value, grad), (mine, my_grad) = found
         parts = zip(self.flat.split(grad), self.flat.split(my_grad), strict=True)
         return _close(mine, value) and _close(my_grad, grad) and all(_close(b, a, grad) for a, b in parts)
+
+    def openable(self) -> Opened:
+        """What `leave_open` leaves open."""
+        return open_products(self._twin(), first=1)
+
+    def leave_open(self, factors: Factors) -> None:
+        """From here on, leave the gradient's products open, and the parts of the flat gradient that they are as is."""
+        module = self._twin()
+        opened = open_products(module, first=1)
+        copied = len(opened.whole) + (len(opened.shapes) if factors.places else 0)
+        self._open = self._emit(module, range(copied)), opened, factors
 
 
 def make_gradient(

@@ -18,6 +18,10 @@ class FlatRMSprop(FlatMoments):
 
     _maker = "make_rmsprop"
 
+    def rates(self, lr: float) -> tuple[float, ...]:
+        """See `FlatMoments`."""
+        return lr, MOMENTUM, DECAY, EPS
+
     def step(self, lr: float | Tensor, usable: Tensor | bool = True, length: float = -1.0) -> None:
         """One step, as of `flowvi.fit.adam.FlatAdam`."""
         if self._kernel is not None:

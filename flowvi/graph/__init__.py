@@ -10,7 +10,8 @@ of torch or changes from call to call is refused, and whoever uses a recording c
 """
 
 from flowvi.graph.emit import emit
+from flowvi.graph.products import Opened, Product, open_products
 from flowvi.graph.record import Refused, record
 from flowvi.graph.tidy import keep, tidy
 
-__all__ = ["Refused", "emit", "keep", "record", "tidy"]
+__all__ = ["Opened", "Product", "Refused", "emit", "keep", "open_products", "record", "tidy"]

@@ -12,7 +12,7 @@ from flowvi.graph.record import is_mutable, is_random
 from flowvi.kernels.linear import linear, pays
 from flowvi.targets.trace import NEUTRAL
 
-__all__ = ["keep", "tidy"]
+__all__ = ["drop_unused", "keep", "tidy", "transposed"]
 
 _ATEN = torch.ops.aten
 
@@ -85,28 +85,29 @@ def tidy(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
                 _fold(module, node)
                 continue
         _multiply(graph, node)
-    _drop_unused(graph)
+    drop_unused(graph)
 
 
-def keep(module: fx.GraphModule, first: int) -> None:
+def keep(module: fx.GraphModule, numbers: Sequence[int]) -> None:
     """Copy outputs, each as soon as it is there, to places that are further inputs; they are outputs no longer.
 
     A gradient is copied while it is in the processor's cache, and its own memory serves the next one.
 
     Args:
         module: a graph.
-        first: the number of the first output that is copied; so are those after it.
+        numbers: of the outputs that are copied.
     """
     graph = module.graph
     output = next(n for n in graph.nodes if n.op == "output")
     outputs: Any = output.args[0]
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    for number, value in enumerate(outputs[first:]):
+    for number in numbers:
+        value = outputs[number]
         with graph.inserting_after(last):
             last = graph.placeholder(f"place_{number}")
         with graph.inserting_after(value if value.op == "call_function" else last):
             graph.call_function(_ATEN.copy_.default, (last, value))
-    output.args = (list(outputs[:first]),)
+    output.args = ([value for number, value in enumerate(outputs) if number not in numbers],)
 
 
 def _fills_new_memory(node: fx.Node) -> bool:
@@ -188,22 +189,29 @@ def _multiply(graph: fx.Graph, node: fx.Node) -> None:
         return  # oneDNN takes it for contiguous
     if not pays(given.shape, size_out, given.dtype, given.device):
         return
-    transposed: Any = _ATEN.t.default
     product: Callable[..., Any] = linear
-
-    def turned(value: Any) -> Any:
-        return value.args[0] if value.target is transposed else graph.call_function(transposed, (value,))
-
     with graph.inserting_before(node):
+        turned = transposed(graph, right)
         if bias is None and given.shape[0] >= TALL * size_out:  # (A B)' = B' A' is as much work, in longer rows
-            better = graph.call_function(transposed, (graph.call_function(product, (turned(right), x, None)),))
+            better = graph.call_function(_ATEN.t.default, (graph.call_function(product, (turned, x, None)),))
         else:
-            better = graph.call_function(product, (x, turned(right), bias))
+            better = graph.call_function(product, (x, turned, bias))
     better.meta["like"] = node.meta["like"]
     node.replace_all_uses_with(better)
 
 
-def _drop_unused(graph: fx.Graph) -> None:
+def transposed(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    """The transpose of a matrix: what it is the transpose of, or a new node where the graph inserts."""
+    if value.target is _ATEN.t.default:
+        first: Any = value.args[0]
+        return first
+    turned = graph.call_function(_ATEN.t.default, (value,))
+    like = value.meta["like"]
+    turned.meta["like"] = like._replace(shape=like.shape[::-1], stride=like.stride[::-1])
+    return turned
+
+
+def drop_unused(graph: fx.Graph) -> None:
     """Leave out what nobody reads; random numbers are drawn all the same, so that later ones are not others."""
     for node in reversed(list(graph.nodes)):
         stays = node.op in ("placeholder", "output") or is_random(node) or is_mutable(node)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["linear", "pays"]
+__all__ = ["crossprod", "linear", "pays"]
 
 LEAST = 1_500_000
 """Multiplications below which calling oneDNN costs more than it saves."""
@@ -30,7 +30,17 @@ def pays(shape: torch.Size, size_out: int, dtype: torch.dtype, device: torch.dev
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X W' + b without a graph: (n, C), (C', C) and (C',) to (n, C'); only where `pays` says so."""
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # of rows or columns of a larger matrix oneDNN takes a thousand times as long
     return _onednn()(x, weight, bias, "none", [], "")
+
+
+def crossprod(left: Tensor, right: Tensor) -> Tensor:
+    """L' R without a graph: (n, C') and (n, C) to (C', C)."""
+    turned = left.t()
+    if pays(turned.shape, right.shape[1], left.dtype, left.device):
+        return linear(turned, right.t(), None)
+    return torch.mm(turned, right)
 
 
 @lru_cache(maxsize=1)
