@@ -20,6 +20,10 @@ from flowvi.fit.gradient import Factors, make_gradient
 pytest.importorskip("numba", reason="products are left open where numba is installed")
 
 
+SMALL = 400
+"""Numbers of the products here."""
+
+
 class Net(nn.Module):
     """Two layers on the same features, before and after them one each; the last is too small to be left open."""
 
@@ -34,6 +38,12 @@ class Net(nn.Module):
         h = torch.tanh(self.body(x * self.scale))
         loss = (self.end(self.one(h) * torch.sigmoid(self.two(h))).squeeze(-1) - y).square().mean()
         return loss * y.abs().max().clamp_min(1.0) ** 4, -loss
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    """Products are left open that are as small as those here."""
+    monkeypatch.setattr(factored_descent, "SMALLEST_ALONE", SMALL)
 
 
 def batch(seed, dtype, num=6):
@@ -53,7 +63,7 @@ def recorded(dtype=torch.float64):
 @pytest.mark.parametrize("copied", [False, True])
 def test_open_products_times_out_are_the_gradient(copied, dtype):
     net, flat, gradient = recorded(dtype)
-    opened = gradient.openable()
+    opened = gradient.openable(SMALL)
     names = [name for name, _ in net.named_parameters()]
     assert [names[product.output] for product in opened.products] == ["body.weight", "one.weight", "two.weight"]
     assert len(opened.shapes) == 5  # x, three cotangents, and h once
@@ -61,7 +71,7 @@ def test_open_products_times_out_are_the_gradient(copied, dtype):
     assert sorted([*opened.whole, *(product.output for product in opened.products)]) == list(range(len(names)))
     expected = gradient(*batch(2, dtype)), flat.grad.clone()
     factors = Factors([torch.full(shape, math.nan, dtype=dtype) for shape in opened.shapes] if copied else None)
-    gradient.leave_open(factors)
+    gradient.leave_open(factors, SMALL)
     flat.grad.fill_(math.nan)
     assert factors.found is None
     value = gradient(*batch(2, dtype))
@@ -110,6 +120,76 @@ def test_steps_are_those_along_the_whole_gradient(optimizer, dtype, tile, monkey
         torch.testing.assert_close(mine, whole, rtol=rtol, atol=atol)
 
 
+def into_zeros(w, v, x):
+    h = torch.zeros(len(x), 40, dtype=x.dtype)
+    h[:, :12] = x
+    return torch.tanh(h @ w) @ v
+
+
+def written_over(w, v, x):
+    h = x @ w[:12]
+    h[:, :5] = h[:, :5] + x[:, :5]
+    return h @ v
+
+
+def of_parameters_alone(w, v, x):
+    return x @ torch.softmax(w[:12] @ v, -1)
+
+
+def by_way_of_a_copy(w, v, x):
+    return torch.tanh(x @ w[:12].t().contiguous().t().tanh()) @ v
+
+
+@pytest.mark.parametrize(
+    ("network", "is_open"),
+    [(into_zeros, False), (written_over, False), (of_parameters_alone, False), (by_way_of_a_copy, True)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_may_be_written_to_before_it_is_read_is_not_left_open(network, is_open, dtype):
+    ends = []
+    for factored in (False, True):
+        torch.manual_seed(0)
+        pair = [
+            nn.Parameter(0.3 * torch.randn(40, 60, dtype=dtype)),
+            nn.Parameter(0.3 * torch.randn(60, 50, dtype=dtype)),
+        ]
+        flat = FlatParameters(pair)
+
+        def loss(x, y, pair=pair):
+            value = (network(*pair, x).square().mean(-1) - y).square().mean()
+            return value, -value
+
+        gradient = make_gradient(loss, flat, batch(0, dtype), batch(1, dtype))
+        assert gradient.recorded
+        descent = make_descent(flat, ALONE, "adam", gradient if factored else None)
+        assert isinstance(descent, FactoredDescent) == (factored and is_open)
+        for t in range(10):
+            descent.step(1e-2, gradient(*batch(t, dtype)))
+        ends.append(flat.vector.clone())
+    torch.testing.assert_close(*ends, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-5)
+
+
+def test_a_large_product_that_is_turned_twice_is_left_open():
+    torch.manual_seed(0)
+    layer = nn.Linear(784, 40)
+    flat = FlatParameters(layer)
+
+    def loss(x):
+        value = torch.tanh(x @ layer.weight.t().contiguous() + layer.bias).square().mean()
+        return value, value
+
+    x = [torch.randn(100, 784, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    gradient = make_gradient(loss, flat, x[:1], x[1:2])
+    opened = gradient.openable(SMALL)
+    factors = Factors()
+    whole = gradient(x[2]), flat.grad.clone()
+    gradient.leave_open(factors, SMALL)
+    gradient(x[2])
+    for number, left, right in opened.products:
+        flat.split(flat.grad)[number].copy_(factors.found[left].t() @ factors.found[right])
+    torch.testing.assert_close(flat.grad, whole[1])
+
+
 def test_a_whole_gradient_is_followed_as_ever():
     _, flat, gradient = recorded()
     descent = make_descent(flat, ALONE, "adam", gradient)
@@ -149,6 +229,8 @@ def test_the_bound_is_one_and_exact_for_rows_taken_together(n, rows, columns, si
         accuracy = 1e-4 if dtype == np.float32 else 1e-9
         bound = make_bound(dtype)(left.astype(dtype), right.astype(dtype), size)
         assert bound >= length * (1 - accuracy)
+        lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        accuracy *= 1 + size * lengths.sum()
         groups = -(-n // size)
         assert (
             bound

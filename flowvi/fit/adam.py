@@ -95,10 +95,10 @@ class FlatMoments(ABC):
         mean: the first moment, of the vector's shape.
         square: the second moment.
         state: float64 (3,): steps taken, running length of the gradient, steps skipped.
-        along_rows: the kernel of a step along a part of the gradient that is not in memory; None where there is none.
     """
 
-    _maker: str  # of the kernel of a step
+    maker: str
+    """Of the kernel of a step, in `flowvi.kernels.compiled.descent`; that of a step along rows is beside it."""
 
     def __init__(self, vector: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor] | None = None) -> None:
         self.vector, self.grad = vector.detach(), grad
@@ -106,12 +106,9 @@ class FlatMoments(ABC):
         self.state = torch.zeros(3, dtype=torch.float64, device=vector.device)
         module = dispatch.compiled("descent", self.vector, grad)
         self._kernel: Callable[..., Any] | None = None
-        self.along_rows: Callable[..., float] | None = None
         if module is not None:
             arrays = [a.numpy() for a in (self.vector, grad, self.mean, self.square, self.state)]
-            kind = arrays[0].dtype.type
-            self._kernel = partial(getattr(module, self._maker)(kind), *arrays)
-            self.along_rows = getattr(module, f"{self._maker}_rows")(kind)
+            self._kernel = partial(getattr(module, self.maker)(arrays[0].dtype.type), *arrays)
 
     @property
     def skipped(self) -> int:
@@ -140,7 +137,7 @@ class FlatMoments(ABC):
 
     @abstractmethod
     def rates(self, lr: float) -> tuple[float, ...]:
-        """What `along_rows` is told for the step of size `lr` that comes next; `count` it after its last part."""
+        """What the kernel along rows is told of the next step, of size `lr`; `count` the step after its last part."""
 
     def count(self, length: float) -> None:
         """Remember that a step was taken along a gradient of this length, not cut."""
@@ -164,7 +161,7 @@ class FlatAdam(FlatMoments):
         moments: see `FlatMoments`.
     """
 
-    _maker = "make_adam"
+    maker = "make_adam"
 
     def __init__(
         self, vector: Tensor, grad: Tensor, beta2: float = BETA2, moments: tuple[Tensor, Tensor] | None = None

@@ -83,14 +83,14 @@ class AmortizedGradient:
         self.flat.backward(loss.surrogate)
         return loss.elbo
 
-    def openable(self) -> Opened | None:
+    def openable(self, smallest: int) -> Opened | None:
         """What `leave_open` leaves open; None where there is no recording."""
-        return None if self._recorded is None else self._recorded.openable()
+        return None if self._recorded is None else self._recorded.openable(smallest)
 
-    def leave_open(self, factors: Factors) -> None:
+    def leave_open(self, factors: Factors, smallest: int) -> None:
         """See `flowvi.fit.gradient.RecordedGradient`."""
         assert self._recorded is not None
-        self._recorded.leave_open(factors)
+        self._recorded.leave_open(factors, smallest)
 
     def holds(self, call: Call, beta: float) -> bool:
         """Whether the recording, where there is one, gives what the step gives."""

@@ -157,16 +157,19 @@ class RecordedGradient(Gradient):
         parts = zip(self.flat.split(grad), self.flat.split(my_grad), strict=True)
         return _close(mine, value) and _close(my_grad, grad) and all(_close(b, a, grad) for a, b in parts)
 
-    def openable(self) -> Opened:
+    def openable(self, smallest: int) -> Opened:
         """What `leave_open` leaves open."""
-        return open_products(self._twin(), first=1)
+        return self._opened(smallest)[1]
 
-    def leave_open(self, factors: Factors) -> None:
-        """From here on, leave the gradient's products open, and the parts of the flat gradient that they are as is."""
-        module = self._twin()
-        opened = open_products(module, first=1)
+    def leave_open(self, factors: Factors, smallest: int) -> None:
+        """From here on, leave products of so many numbers open, and their parts of the flat gradient as they are."""
+        module, opened = self._opened(smallest)
         copied = len(opened.whole) + (len(opened.shapes) if factors.places else 0)
         self._open = self._emit(module, range(copied)), opened, factors
+
+    def _opened(self, smallest: int) -> tuple[fx.GraphModule, Opened]:
+        module = self._twin()
+        return module, open_products(module, 1, smallest, len(self.flat.parameters))
 
 
 def make_gradient(

@@ -16,7 +16,7 @@ MOMENTUM, DECAY, EPS = 0.9, 0.99, 1e-8
 class FlatRMSprop(FlatMoments):
     """RMSprop on one vector; the first moment is the running step m, the second the running square v."""
 
-    _maker = "make_rmsprop"
+    maker = "make_rmsprop"
 
     def rates(self, lr: float) -> tuple[float, ...]:
         """See `FlatMoments`."""

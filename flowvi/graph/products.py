@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from flowvi.graph.tidy import drop_unused, transposed
+from flowvi.graph.record import memory_of
+from flowvi.graph.tidy import drop_unused, is_pure, transposed
 from flowvi.kernels.linear import linear
 
 __all__ = ["Opened", "Product", "open_products"]
@@ -37,7 +38,7 @@ class Opened(NamedTuple):
     """What the outputs of a graph are now, after those that stay as they are.
 
     Attributes:
-        whole: numbers of the outputs that are no products, or much smaller than their factors: they come next.
+        whole: numbers of the outputs that are no products, or too small ones: they come next.
         products: the others.
         shapes: of the factors (n, width), which come last, each of them once.
     """
@@ -47,27 +48,40 @@ class Opened(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
-def open_products(module: fx.GraphModule, first: int) -> Opened:
+def open_products(module: fx.GraphModule, first: int, smallest: int, parameters: int) -> Opened:
     """Leave products open, in place.
+
+    Nothing is left open in a graph that writes into its values, nor what would be read of a parameter: factors are read
+    after the run, while parameters move.
 
     Args:
         module: a graph that `tidy` has seen.
         first: the number of the first output that may be left open; outputs are numbered from there.
+        smallest: numbers that a product has at least.
+        parameters: how many of the first inputs are parameters.
     """
     graph = module.graph
     output = next(n for n in graph.nodes if n.op == "output")
     outputs: Sequence[Any] = output.args[0]
+    changing = [n for n in graph.nodes if n.op == "placeholder"][:parameters]
+    pure = is_pure(graph)
     whole, products, factors = [], [], dict[fx.Node, int]()
     for number, value in enumerate(outputs[first:]):
-        pair = _factors(graph, value)
-        if pair is None or sum(_shape(factor).numel() for factor in pair) > LARGEST * _shape(value).numel():
+        pair = _factors(graph, value) if pure and _size(value) >= smallest else None
+        if pair is None or sum(map(_size, pair)) > LARGEST * _size(value) or any(_outlives(f, changing) for f in pair):
             whole.append(number)
             continue
         left, right = (factors.setdefault(factor, len(factors)) for factor in pair)
         products.append(Product(number, left, right))
     output.args = ([*outputs[:first], *(outputs[first + number] for number in whole), *factors],)
     drop_unused(graph)
-    return Opened(tuple(whole), tuple(products), tuple(tuple(_shape(factor)) for factor in factors))
+    return Opened(tuple(whole), tuple(products), tuple(tuple(factor.meta["like"].shape) for factor in factors))
+
+
+def _outlives(factor: fx.Node, changing: Sequence[fx.Node]) -> bool:
+    """Whether the factor is in memory that may be written to before it is read."""
+    memory = memory_of(factor)
+    return memory in changing or memory.op == "get_attr"
 
 
 def _factors(graph: fx.Graph, value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -84,6 +98,7 @@ def _factors(graph: fx.Graph, value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-def _shape(node: fx.Node) -> torch.Size:
-    shape: torch.Size = node.meta["like"].shape
-    return shape
+def _size(node: fx.Node) -> int:
+    """How many numbers the value has; 0 where nobody knows."""
+    like = node.meta.get("like")
+    return 0 if like is None else like.shape.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from flowvi.targets.trace import READS_MEMORY
 
-__all__ = ["Refused", "is_mutable", "is_random", "record"]
+__all__ = ["Refused", "is_mutable", "is_random", "memory_of", "record"]
 
 _UNSURE = (
     torch.Tag.data_dependent_output,
@@ -115,12 +116,18 @@ def _changed(node: fx.Node) -> list[Any]:
 
 def _is_fresh(node: Any) -> bool:
     """Whether a tensor was made in the graph, and is no view of one that was not."""
+    node = memory_of(node)
+    return node is None or node.op == "call_function"
+
+
+def memory_of(node: Any) -> Any:
+    """The node whose memory a value is in: itself, or what it is a view of."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         target: Any = node.target
-        if not isinstance(target, torch._ops.OpOverload):  # an item of several results
-            node = node.args[0]
-            continue
-        if not any(result.alias_info is not None for result in target._schema.returns):
-            return True
+        if isinstance(target, torch._ops.OpOverload):
+            if not any(result.alias_info is not None for result in target._schema.returns):
+                break
+        elif target is not operator.getitem:  # which is an item of several results
+            break
         node = node.args[0]
-    return node is None
+    return node

@@ -12,7 +12,7 @@ from flowvi.graph.record import is_mutable, is_random
 from flowvi.kernels.linear import linear, pays
 from flowvi.targets.trace import NEUTRAL
 
-__all__ = ["drop_unused", "keep", "tidy", "transposed"]
+__all__ = ["drop_unused", "is_pure", "keep", "tidy", "transposed"]
 
 _ATEN = torch.ops.aten
 
@@ -46,6 +46,9 @@ class _Like(NamedTuple):
     def of(cls, value: Tensor) -> _Like:
         return cls(value.shape, value.dtype, value.stride(), value.device)
 
+    def transposed(self) -> _Like:
+        return self._replace(shape=self.shape[::-1], stride=self.stride[::-1])
+
 
 class _Run(fx.Interpreter):
     """Runs the graph, and notes what each value is like, and the values that no input has a part in."""
@@ -69,7 +72,7 @@ def tidy(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         inputs: what it will be called with, in these shapes. It is run once, and draws the random numbers of a run.
     """
     graph = module.graph
-    pure = all(_fills_new_memory(n) for n in graph.nodes if is_mutable(n))
+    pure = is_pure(graph)
     with torch.no_grad():
         _Run(module).run(*inputs)
     done: dict[Any, fx.Node] = {}
@@ -108,6 +111,11 @@ def keep(module: fx.GraphModule, numbers: Sequence[int]) -> None:
         with graph.inserting_after(value if value.op == "call_function" else last):
             graph.call_function(_ATEN.copy_.default, (last, value))
     output.args = ([value for number, value in enumerate(outputs) if number not in numbers],)
+
+
+def is_pure(graph: fx.Graph) -> bool:
+    """Whether the graph writes into nothing, random numbers into new memory aside: a value that is there stays."""
+    return all(_fills_new_memory(n) for n in graph.nodes if is_mutable(n))
 
 
 def _fills_new_memory(node: fx.Node) -> bool:
@@ -193,7 +201,9 @@ def _multiply(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         turned = transposed(graph, right)
         if bias is None and given.shape[0] >= TALL * size_out:  # (A B)' = B' A' is as much work, in longer rows
-            better = graph.call_function(_ATEN.t.default, (graph.call_function(product, (turned, x, None)),))
+            inner = graph.call_function(product, (turned, x, None))
+            inner.meta["like"] = node.meta["like"].transposed()
+            better = graph.call_function(_ATEN.t.default, (inner,))
         else:
             better = graph.call_function(product, (x, turned, bias))
     better.meta["like"] = node.meta["like"]
@@ -206,8 +216,7 @@ def transposed(graph: fx.Graph, value: fx.Node) -> fx.Node:
         first: Any = value.args[0]
         return first
     turned = graph.call_function(_ATEN.t.default, (value,))
-    like = value.meta["like"]
-    turned.meta["like"] = like._replace(shape=like.shape[::-1], stride=like.stride[::-1])
+    turned.meta["like"] = value.meta["like"].transposed()
     return turned
 
 

@@ -200,16 +200,18 @@ def make_square(dtype: type) -> Any:
 def make_bound(dtype: type) -> Any:
     """No less than the length of L' R, of L (n, C') and R (n, C), without making it.
 
-    That is the length of a sum over rows of outer products: at most the sum of the lengths of parts of it. Of `size`
-    rows at a time it is exact: its square is the sum over pairs of rows of (l_a . l_b) (r_a . r_b).
+    That is the length of a sum over rows of outer products: at most the sum of the lengths of parts of it. Of
+    `size` rows at a time it is the sum's own: its square is the sum over pairs of rows of (l_a . l_b) (r_a . r_b), to
+    which comes what may be lost by rounding.
     """
     F, TAG = dtype, stamp()
+    LOST = 4.0 * float(np.finfo(dtype).eps)
 
     @kernel
     def bound(left: Any, right: Any, size: int) -> float:
         n, total = left.shape[0], 0.0 * TAG
         for first in range(0, n, size):
-            square = 0.0
+            square, lost = 0.0, 0.0
             for a in range(first, min(first + size, n)):
                 for b in range(first, a + 1):
                     one, two = F(0), F(0)
@@ -218,8 +220,10 @@ def make_bound(dtype: type) -> Any:
                     for i in range(right.shape[1]):
                         two += right[a, i] * right[b, i]
                     square += (1.0 if a == b else 2.0) * np.float64(one) * np.float64(two)
+                    if a == b:
+                        lost += LOST * size * np.float64(one) * np.float64(two)
             # a sum of terms of both signs may round to something below 0; NaN must stay
-            total += 0.0 if square < 0.0 else math.sqrt(square)
+            total += math.sqrt(lost if square < 0.0 else square + lost)
         return total
 
     return bound
