@@ -214,6 +214,8 @@ def test_onednn_multiplies_as_torch_does():
     for x, w in (
         (torch.randn(300, 200), torch.randn(100, 200)),
         (torch.randn(200, 300).t(), torch.randn(200, 100).t()),
+        (torch.randn(400, 200)[::2][:150], torch.randn(100, 500)[:, 100:300]),  # parts of larger ones
+        (torch.randn(200, 900)[:, 300:600].t(), torch.randn(200, 300)[:, 50:150].t()),
     ):
         for bias in (None, torch.randn(100)):
             exact = x.double() @ w.double().t() + (0 if bias is None else bias.double())
