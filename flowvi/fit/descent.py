@@ -102,9 +102,8 @@ class SharedDescent(Descent):
     def step(self, lr: float, elbo: Tensor) -> Tensor:
         """See `Descent`."""
         elbo = self.ranks.mean_(elbo.clone())  # after which all gradients are there
-        length = self.ranks.sum_(
-            torch.tensor(self.mean(self._mine), dtype=torch.float64)
-        )  # after which all have been read
+        square = torch.tensor(self.mean(self._mine), dtype=torch.float64)
+        length = self.ranks.sum_(square)  # after which all have been read
         self.optimizer.step(lr, elbo.isfinite(), math.sqrt(length))
         self.ranks.barrier()  # after which all parameters are there
         return elbo

@@ -75,8 +75,8 @@ def make_descent(
         return plain
     stacks = None
     if ranks.world > 1:
-        stacks = _stacks(opened, ranks, flat.vector)
-        if shared is None or stacks is None:
+        stacks = None if shared is None else _stacks(opened, ranks, flat.vector)
+        if stacks is None:
             return plain
     factors = Factors(stacks and [stack[ranks.share(len(stack))] for stack in stacks])
     gradient.leave_open(factors, smallest)

@@ -21,7 +21,6 @@ __all__ = ["Opened", "Product", "open_products"]
 
 _ATEN = torch.ops.aten
 
-
 LARGEST = 2
 """Times the numbers of a product that its factors have at most."""
 

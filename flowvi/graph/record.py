@@ -116,8 +116,8 @@ def _changed(node: fx.Node) -> list[Any]:
 
 def _is_fresh(node: Any) -> bool:
     """Whether a tensor was made in the graph, and is no view of one that was not."""
-    node = memory_of(node)
-    return node is None or node.op == "call_function"
+    memory = memory_of(node)
+    return memory is None or (isinstance(memory, fx.Node) and memory.op == "call_function")
 
 
 def memory_of(node: Any) -> Any:
