@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -16,6 +17,7 @@ from flowvi import errors, kernels
 from flowvi.fit.adam import FlatParameters
 from flowvi.fit.engine import Schedule
 from flowvi.fit.whiten import whiten
+from flowvi.kernels.linear import tall
 
 QUIET = {"progress": False, "verify": False, "seed": 0}
 
@@ -359,3 +361,32 @@ def test_a_compiled_target_is_the_same_target():
         value_, grad_ = density.value_and_grad(z)
         assert torch.allclose(value, value_, rtol=1e-9)
         assert torch.allclose(grad, grad_, rtol=1e-9)
+
+
+def test_a_matrix_that_lies_column_by_column_does_so_in_the_flat_vector():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(tall(torch.nn.Linear(2, 40)), torch.nn.Tanh(), tall(torch.nn.Linear(40, 3)))
+    first = net[0].weight
+    assert first.shape == (40, 2)
+    assert first.t().is_contiguous()
+    assert net[2].weight.is_contiguous()
+    values = [p.detach().clone() for p in net.parameters()]
+    x = torch.randn(5, 2)
+    before = net(x).detach()
+    flat = FlatParameters(net)
+    torch.testing.assert_close(flat.vector[:80].view(2, 40), values[0].t(), rtol=0, atol=0)
+    assert torch.equal(net(x), before)
+    loss = net(x).square().sum()
+    expected = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+    flat.backward(loss)
+    for part, grad in zip(flat.split(flat.grad), expected, strict=True):
+        assert torch.equal(part, grad)
+    flat.move(torch.empty_like(flat.vector), torch.zeros_like(flat.grad))
+    assert torch.equal(net(x), before)
+    flat.release()
+    assert net[0].weight.t().is_contiguous()
+    for p, value in zip(net.parameters(), values, strict=True):
+        assert torch.equal(p, value)
+    other = copy.deepcopy(net)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x), before)

@@ -1,5 +1,7 @@
 """A recorded function is the function: values, gradients, random numbers; and what can't be recorded is refused."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch import nn
 from flowvi.fit.adam import FlatParameters
 from flowvi.fit.gradient import Gradient, make_gradient
 from flowvi.graph import Refused, emit, record, tidy
+from flowvi.graph import join as joined
+from flowvi.graph.bound import bound
 from flowvi.kernels import linear as products
 
 
@@ -224,6 +228,176 @@ def test_onednn_multiplies_as_torch_does():
     assert products.pays(shape, 100, torch.float32, torch.device("cpu"))
     assert not products.pays(shape, 100, torch.float64, torch.device("cpu"))
     assert not products.pays(torch.Size((10, 10)), 10, torch.float32, torch.device("cpu"))
+
+
+class Heads(nn.Module):
+    """Layers that read the same features, some of which also something else does."""
+
+    def __init__(self, dtype, sizes=(3, 3, 5), bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(4, 7).to(dtype)
+        self.heads = nn.ModuleList(nn.Linear(7, size, bias=bias) for size in sizes).to(dtype)
+
+    def features(self, x):
+        return torch.tanh(self.body(x))
+
+    def forward(self, x):
+        h = self.features(x)
+        a, b, c = (head(h) for head in self.heads)
+        return a.exp().sum() + (torch.relu(b) * a).square().sum() + c.sigmoid().log().sum() + h.cos().sum()
+
+
+class SharedHeads(Heads):
+    """Heads of one and the same weights."""
+
+    def forward(self, x):
+        h = self.features(x)
+        return self.heads[0](h).exp().sum() + (self.heads[0](h) + 1).square().sum() + self.heads[1](h).sin().sum()
+
+
+class ReadOtherwise(Heads):
+    """A head whose rows are read, one whose gradient comes from nowhere, and one of a single use."""
+
+    def forward(self, x):
+        h = self.features(x)
+        a, b, c = (head(h) for head in self.heads)
+        return a.flatten()[::2].sum() + b.detach().exp().sum() + c.square().sum()
+
+
+class OneInAnother(Heads):
+    """What comes back through one head is known only after what goes through the other."""
+
+    def forward(self, x):
+        h = self.features(x)
+        a = self.heads[0](h).exp()
+        return (self.heads[1](h) * a).sum() + self.heads[2](h + a.sum()).square().sum()
+
+
+def gradients(net):
+    own = list(net.parameters())
+
+    def function(given):
+        with torch.enable_grad():
+            value = net(given[-1])
+            grads = torch.autograd.grad(value, own, allow_unused=True)
+        return [value, *(torch.zeros_like(p) if g is None else g for p, g in zip(own, grads, strict=True))]
+
+    return function, own
+
+
+def products_of(graph):
+    return sum(n.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for n in graph.nodes)
+
+
+@pytest.mark.parametrize("kind", [Heads, SharedHeads, ReadOtherwise, OneInAnother])
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_side_by_side_are_the_heads(kind, bias):
+    net = kind(torch.float64, bias=bias)
+    function, own = gradients(net)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    before = products_of(record(function, [*own, x]).graph)
+    run, graph = flat(function, [*own, x])
+    assert products_of(graph) == (5 if kind is Heads else products_of(graph)) <= before
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in own:
+                p.normal_()
+            found = run(*own, torch.randn(6, 4, dtype=torch.float64, out=x))
+        for a, b in zip(found, function([*own, x]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_heads_with_much_to_copy_stay_apart(monkeypatch):
+    net = Heads(torch.float64)
+    function, own = gradients(net)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    monkeypatch.setattr(joined, "SMALL", 7 * 5 - 1)  # the third
+    assert products_of(flat(function, [*own, x])[1]) == 8
+    monkeypatch.setattr(joined, "SMALL", 0)
+    assert products_of(flat(function, [*own, x])[1]) == products_of(record(function, [*own, x]).graph) == 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "read_again"), [(1, False), (1, True), (3, False)])
+def test_the_stack_bound_to_shapes_is_the_stack(dtype, size, read_again):
+    num, layers, dim = 20, 3, 4
+    torch.manual_seed(0)
+    given = [torch.randn(s, dtype=dtype) for s in ((num, size, dim), (layers, dim), (num, layers, dim), (num, layers))]
+    w = given[1].requires_grad_()
+
+    def function(given):
+        x, w, u, b = given
+        with torch.enable_grad():
+            v = u * 2  # in memory of its own
+            y, log_det, _, score = torch.ops.flowvi.planar_stack_score(x, -x, w[None], v, b, "squareplus")
+            back = torch.ops.flowvi.planar_stack_backward
+            grads = back(
+                y * 2,
+                log_det * 3,
+                x,
+                w[None],
+                v,
+                b,
+                torch.ops.flowvi.planar_stack(x, w[None], v, b, "squareplus")[2],
+                "squareplus",
+            )
+            rest = v.sin() if read_again else x * 2
+        return [y + 1, log_det + 1, score + 1, *(g + 1 for g in grads), rest]
+
+    run, graph = flat(function, given)
+    for seed in range(2):
+        torch.manual_seed(seed + 1)
+        others = [torch.randn_like(a) for a in given]
+        with torch.no_grad():
+            found = run(*others[:1], w, *others[2:])
+        expected = function([others[0], w, *others[2:]])
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    if importlib.util.find_spec("numba") is None:
+        return
+    calls = [n for n in graph.nodes if "planar_stack_" in str(n.target)]
+    likes = [[a.meta["like"] if isinstance(a, torch.fx.Node) else a for a in n.args] for n in calls]
+    forward, backward = (bound(n.target, like, [True] * 8) for n, like in zip(calls, likes, strict=True))
+    assert forward is not None
+    ins = [a.example().normal_() if hasattr(a, "example") else a for a in likes[1]]
+    assert (backward(*ins)[2] is ins[4]) == (size == 1)
+
+
+def test_what_a_graph_gives_stays_as_it_is_after_other_runs():
+    num, layers, dim = 6, 2, 3
+    torch.manual_seed(0)
+    given = [torch.randn(s) for s in ((num, 1, dim), (1, layers, dim), (num, layers, dim), (num, layers))]
+
+    def function(given):
+        return torch.ops.flowvi.planar_stack_score(given[0], -given[0], *given[1:], "squareplus")[:2]
+
+    run, _ = flat(function, given)
+    first = run(*given)
+    kept = [a.clone() for a in first]
+    run(given[0] + 1, *given[1:])
+    assert same(first, kept)
+
+
+def test_views_take_the_place_of_copies():
+    def function(given):
+        (x,) = given
+        with torch.enable_grad():
+            one = torch.cat([x.expand(1, *x.shape)[0]], -1).sin()
+            (back,) = torch.autograd.grad(
+                (one * x[:]).sum((1,), keepdim=True).sum((1,), keepdim=True).square().sum(), x
+            )
+        return [one, back]
+
+    x = torch.randn(4, 3, requires_grad=True)
+    run, graph = flat(function, [x])
+    with torch.no_grad():
+        assert same(run(x), function([x]))
+    names = [str(n.target) for n in graph.nodes]
+    left = {"aten.select_backward.default", "aten.slice.Tensor", "aten.slice_backward.default", "aten.cat.default"}
+    assert not left & set(names)
+    assert names.count("aten.sum.dim_IntList") == 1
 
 
 # Gradients.

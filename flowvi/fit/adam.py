@@ -29,7 +29,8 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 class FlatParameters:
     """The parameters of a module as one vector; the module's own become views of it while this is in use.
 
-    One vector means one optimizer step and one norm, however many parameters there are.
+    One vector means one optimizer step and one norm, however many parameters there are. A matrix that lies in memory
+    column by column does so in the vector too.
 
     Args:
         module: the module, or its parameters.
@@ -38,8 +39,9 @@ class FlatParameters:
     def __init__(self, module: nn.Module | Iterable[Tensor]) -> None:
         each = module.parameters() if isinstance(module, nn.Module) else module
         self.parameters = [p for p in each if p.requires_grad]
+        self._by_columns = [p.dim() == 2 and p.t().is_contiguous() and not p.is_contiguous() for p in self.parameters]
         with torch.no_grad():
-            self.vector = torch.cat([p.reshape(-1) for p in self.parameters])
+            self.vector = torch.cat(self._rows(self.parameters))
             self.grad = torch.zeros_like(self.vector)
             self._saved_grads = [p.grad for p in self.parameters]
             for p, value, grad in zip(self.parameters, *map(self.split, (self.vector, self.grad)), strict=True):
@@ -48,8 +50,13 @@ class FlatParameters:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A vector of as many numbers (P,) as the parts that belong to each parameter, views in its shape."""
-        parts = vector.split([p.numel() for p in self.parameters])
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        parts = zip(vector.split([p.numel() for p in self.parameters]), self.parameters, self._by_columns, strict=True)
+        return [part.view(p.shape[::-1]).t() if turned else part.view(p.shape) for part, p, turned in parts]
+
+    def _rows(self, parts: Iterable[Tensor]) -> list[Tensor]:
+        """What belongs to each parameter as rows of numbers, in the vector's order."""
+        turned = zip(parts, self._by_columns, strict=True)
+        return [(part.t() if by_columns else part).reshape(-1) for part, by_columns in turned]
 
     def backward(self, loss: Tensor) -> None:
         """Fill `grad` with the gradient of a loss.
@@ -62,7 +69,7 @@ class FlatParameters:
             p.grad = None
         loss.backward()
         parts = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self.parameters]
-        torch.cat([part.reshape(-1) for part in parts], out=self.grad)
+        torch.cat(self._rows(parts), out=self.grad)
         for p in self.parameters:
             p.grad = None
 

@@ -34,7 +34,7 @@ __all__ = ["FactoredDescent", "make_descent"]
 ALIGNED = 16
 """Numbers that places in common memory begin at a multiple of: a cache line of float32."""
 
-SMALLEST, SMALLEST_ALONE = 50_000, 1_000_000
+SMALLEST, SMALLEST_ALONE = 50_000, 300_000
 """Numbers of a product from which on it is left open, by several ranks and by one, which has nothing to exchange: that
 gains where parameters and moments are more than a cache holds."""
 
@@ -127,6 +127,8 @@ class FactoredDescent:
         self._opened, self._factors, self._stacks = opened, factors, stacks
         self._parts = self.flat.split(self.flat.grad)
         self._tiles = list(self._tile())
+        ends = ((start, start + columns) for start, _, columns, product in self._stretches() if product is None)
+        self._others = [self.flat.grad[start:end].numpy() for start, end in ends]
         module = dispatch.compiled("descent", self.flat.grad)
         kind = self.flat.grad.numpy().dtype.type
         self._along = getattr(module, f"{self.plain.optimizer.maker}_rows")(kind)
@@ -170,7 +172,7 @@ class FactoredDescent:
 
     def _bound(self, found: Sequence[Tensor]) -> float:
         """No less than the length of this rank's gradient, but for rounding."""
-        square = sum(self._square_of(self._parts[number].view(-1).numpy()) for number in self._opened.whole)
+        square = sum(self._square_of(numbers) for numbers in self._others)
         for _, left, right in self._opened.products:
             size = -(-len(found[left]) * self.ranks.world // GROUPS)
             square += self._bound_of(found[left].numpy(), found[right].numpy(), size) ** 2
@@ -184,7 +186,10 @@ class FactoredDescent:
             if number in products:
                 if end > start:
                     yield start, end - start, 1, None
-                yield end, *part.shape, products[number]
+                product = products[number]
+                if not part.is_contiguous():  # it lies there column by column
+                    part, product = part.t(), Product(number, product.right, product.left)
+                yield end, *part.shape, product
                 start = end + part.numel()
             end += part.numel()
         if end > start:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from flowvi.graph.bound import bound
+from flowvi.graph.record import is_fresh, memory_of
 from flowvi.kernels import implementations
 
 __all__ = ["emit"]
@@ -39,6 +41,7 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     _ATEN.view.default: Tensor.view,
     _ATEN.expand.default: Tensor.expand,
     _ATEN.cat.default: torch.cat,
+    _ATEN.split_with_sizes.default: torch.split_with_sizes,
 }
 
 
@@ -53,9 +56,10 @@ def emit(module: fx.GraphModule) -> Callable[..., tuple[Tensor | None, ...]]:
     inputs: list[str] = []
     lines: list[str] = []
     last: dict[fx.Node, fx.Node] = {}
+    reads: dict[Any, fx.Node] = {}  # the last that reads of a memory
     for node in graph.nodes:
         for read in node.all_input_nodes:
-            last[read] = node
+            last[read] = reads[memory_of(read)] = node
     outputs: Sequence[Any] = ()
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -66,7 +70,9 @@ def emit(module: fx.GraphModule) -> Callable[..., tuple[Tensor | None, ...]]:
             outputs = node.args[0]
         else:
             name = f"_flowvi_f{len(lines)}"
-            known[name] = _function(node.target)
+            spent = [isinstance(a, fx.Node) and reads[memory_of(a)] is node and is_fresh(a) for a in node.args]
+            leaves = node in reads and reads[node].op == "output"
+            known[name] = _function(node, spent, leaves)
             words = [_word(a, known) for a in node.args]
             words += [f"{key}={_word(value, known)}" for key, value in node.kwargs.items()]
             lines.append(f"{node.name} = {name}({', '.join(words)})")
@@ -81,10 +87,23 @@ def emit(module: fx.GraphModule) -> Callable[..., tuple[Tensor | None, ...]]:
     return known["run"]
 
 
-def _function(target: Any) -> Any:
-    """What is called."""
+def _function(node: fx.Node, spent: Sequence[bool], leaves: bool) -> Any:
+    """What is called.
+
+    Args:
+        node: the call.
+        spent: of which arguments nobody reads the memory afterwards.
+        leaves: whether what it gives is given to whoever calls the graph.
+    """
+    target: Any = node.target
     if target in _QUICK:
         return _QUICK[target]
+    arguments = [a.meta.get("like") if isinstance(a, fx.Node) else a for a in node.args]
+    known = all(a is not None for a, given in zip(arguments, node.args, strict=True) if isinstance(given, fx.Node))
+    if known and not leaves:
+        quicker = bound(target, arguments, spent)
+        if quicker is not None:
+            return quicker
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "flowvi":
         return getattr(implementations, target._opname)
     return target._op if isinstance(target, torch._ops.OpOverload) else target

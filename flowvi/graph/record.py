@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from flowvi.targets.trace import READS_MEMORY
 
-__all__ = ["Refused", "is_mutable", "is_random", "memory_of", "record"]
+__all__ = ["Refused", "is_fresh", "is_mutable", "is_random", "memory_of", "record"]
 
 _UNSURE = (
     torch.Tag.data_dependent_output,
@@ -49,7 +49,7 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
             continue
         if set(_UNSURE) & set(node.target.tags):
             raise Refused(f"{node.target} depends on values")
-        if is_mutable(node) and not all(_is_fresh(changed) for changed in _changed(node)):
+        if is_mutable(node) and not all(is_fresh(changed) for changed in _changed(node)):
             raise Refused(f"{node.target} changes what outlives the call")
     if not _alike(module, again):
         raise Refused("the second run did something else than the first")
@@ -114,8 +114,8 @@ def _changed(node: fx.Node) -> list[Any]:
     return found
 
 
-def _is_fresh(node: Any) -> bool:
-    """Whether a tensor was made in the graph, and is no view of one that was not."""
+def is_fresh(node: Any) -> bool:
+    """Whether a tensor was made in the graph, and is no view of one that was not; of what is no tensor, True."""
     memory = memory_of(node)
     return memory is None or (isinstance(memory, fx.Node) and memory.op == "call_function")
 
@@ -125,7 +125,8 @@ def memory_of(node: Any) -> Any:
     while isinstance(node, fx.Node) and node.op == "call_function":
         target: Any = node.target
         if isinstance(target, torch._ops.OpOverload):
-            if not any(result.alias_info is not None for result in target._schema.returns):
+            shared = any(result.alias_info is not None for result in target._schema.returns)
+            if not shared and target is not torch.ops.aten._unsafe_view.default:  # a view that doesn't say so
                 break
         elif target is not operator.getitem:  # which is an item of several results
             break

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from flowvi.graph.bound import Like
+from flowvi.graph.join import join
 from flowvi.graph.record import is_mutable, is_random
-from flowvi.kernels.linear import linear, pays
+from flowvi.kernels.linear import TALL, linear, pays
 from flowvi.targets.trace import NEUTRAL
 
 __all__ = ["drop_unused", "is_pure", "keep", "tidy", "transposed"]
 
 _ATEN = torch.ops.aten
-
-TALL = 16
-"""Rows for a column from which on a product is made as that of the transposes, and transposed."""
 
 _SAME_MEMORY = (_ATEN.detach.default, _ATEN.alias.default)
 _LITERALS = (_ATEN.lift_fresh.default, _ATEN.lift_fresh_copy.default)
@@ -31,23 +30,9 @@ _SHAPES_ALONE = (
     _ATEN.new_full.default,
 )
 """What reads of its argument is the same in every run."""
+_ALL_OF_IT = (_ATEN.slice.Tensor, _ATEN.slice_backward.default, _ATEN.sum.dim_IntList, _ATEN.cat.default)
+"""What gives its argument where that is as large as the result: all rows of it, or the sum of one."""
 _SHAPED = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.reshape.default, _ATEN.expand.default)
-
-
-class _Like(NamedTuple):
-    """What a node's value is, but for its numbers."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-    device: torch.device
-
-    @classmethod
-    def of(cls, value: Tensor) -> _Like:
-        return cls(value.shape, value.dtype, value.stride(), value.device)
-
-    def transposed(self) -> _Like:
-        return self._replace(shape=self.shape[::-1], stride=self.stride[::-1])
 
 
 class _Run(fx.Interpreter):
@@ -57,7 +42,7 @@ class _Run(fx.Interpreter):
         """See `torch.fx.Interpreter`."""
         out = super().run_node(n)
         if isinstance(out, Tensor):
-            n.meta["like"] = _Like.of(out)
+            n.meta["like"] = Like.of(out)
         if _is_constant(n):
             n.meta["constant"] = out
         return out
@@ -75,20 +60,28 @@ def tidy(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     pure = is_pure(graph)
     with torch.no_grad():
         _Run(module).run(*inputs)
-    done: dict[Any, fx.Node] = {}
+    if pure:
+        _shorten(module)
+        join(graph)
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if pure:
-            same = _same(node) or _done(node, done)
-            if same is not None:
-                node.replace_all_uses_with(same)
-                continue
-            if "constant" in node.meta and isinstance(node.meta["constant"], Tensor):
-                _fold(module, node)
-                continue
         _multiply(graph, node)
     drop_unused(graph)
+
+
+def _shorten(module: fx.GraphModule) -> None:
+    """Leave out what is there already, and what is the same in every run; views take the place of copies."""
+    done: dict[Any, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        same = _same(node) or _done(node, done)
+        if same is not None:
+            node.replace_all_uses_with(same)
+        elif isinstance(node.meta.get("constant"), Tensor):
+            _fold(module, node)
+        else:
+            _view(module.graph, node)
+    drop_unused(module.graph)
 
 
 def keep(module: fx.GraphModule, numbers: Sequence[int]) -> None:
@@ -152,6 +145,8 @@ def _fold(module: fx.GraphModule, node: fx.Node) -> None:
 def _same(node: fx.Node) -> fx.Node | None:
     """The argument that the node's value is equal to, in the same memory layout; None if there is none."""
     first = node.args[0] if node.args else None
+    if node.target is _ATEN.cat.default and isinstance(first, (list, tuple)) and len(first) == 1:
+        first = first[0]
     if not isinstance(first, fx.Node):
         return None
     if node.target in _SAME_MEMORY:
@@ -161,7 +156,7 @@ def _same(node: fx.Node) -> fx.Node | None:
         return inner
     if "like" not in first.meta or first.meta["like"] != node.meta.get("like"):
         return None
-    if node.target in (*_SHAPED, _ATEN.clone.default, _ATEN._to_copy.default):
+    if node.target in (*_SHAPED, *_ALL_OF_IT, _ATEN.clone.default, _ATEN._to_copy.default):
         return first
     if node.target is _ATEN.permute.default:
         dims: Any = node.args[1]
@@ -169,6 +164,18 @@ def _same(node: fx.Node) -> fx.Node | None:
     if node.target in NEUTRAL and not node.kwargs and node.args[1] == NEUTRAL[node.target]:
         return first
     return None
+
+
+def _view(graph: fx.Graph, node: fx.Node) -> None:
+    """The gradient of the only row of something is the row itself."""
+    if node.target is _ATEN.select_backward.default:
+        arguments: Any = node.args
+        row, shape, dim, _ = arguments
+        if shape[dim] == 1:
+            with graph.inserting_before(node):
+                better = graph.call_function(_ATEN.unsqueeze.default, (row, dim))
+            better.meta["like"] = node.meta["like"]
+            node.replace_all_uses_with(better)
 
 
 def _done(node: fx.Node, done: dict[Any, fx.Node]) -> fx.Node | None:

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["crossprod", "linear", "pays"]
+__all__ = ["TALL", "crossprod", "linear", "pays", "tall"]
 
-LEAST = 1_500_000
-"""Multiplications below which calling oneDNN costs more than it saves."""
+TALL = 16
+"""Outputs for an input from which on the products with a layer's weights take less time where these are transposed."""
+
+LEAST = 100_000
+"""Multiplications below which calling oneDNN costs more than it saves, between other calls of it. Alone in a loop MKL
+is as quick up to a million; but where its code has left the cache, a call of it takes 50 us and not 11."""
 
 
 def pays(shape: torch.Size, size_out: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -32,6 +36,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X W' + b without a graph: (n, C), (C', C) and (C',) to (n, C'); only where `pays` says so."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # of rows or columns of a larger matrix oneDNN takes a thousand times as long
+    return linear_alike(x, weight, bias)
+
+
+def linear_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of weights that are known to lie row by row or column by column."""
     return _onednn()(x, weight, bias, "none", [], "")
 
 
@@ -43,9 +52,19 @@ def crossprod(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(turned, right)
 
 
+def tall(layer: nn.Linear) -> nn.Linear:
+    """The same layer; if it is tall, its weights (C', C) lie in memory column by column.
+
+    Their gradient G' X is quicker to make as the rows of X' G, which so can stay as they are.
+    """
+    if layer.out_features >= TALL * layer.in_features:
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+    return layer
+
+
 @lru_cache(maxsize=1)
 def _onednn() -> Any:
-    """OneDNN's product, as Inductor calls it; None where MKL does as well, or it can't be had."""
+    """What calls oneDNN's product, as Inductor does; None where MKL does as well, or it can't be had."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return None
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or "Intel" in _vendor():
@@ -54,7 +73,7 @@ def _onednn() -> Any:
         found = torch.ops.mkldnn._linear_pointwise.default
         x, w = torch.ones(2, 3), torch.ones(4, 3)
         if torch.equal(found(x, w, None, "none", [], ""), x @ w.t()):
-            return found
+            return found._op
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flowvi.checks import positive_integers
+from flowvi.kernels.linear import tall
 from flowvi.kernels.maxout import largest_of_window
 
 __all__ = ["Maxout"]
@@ -34,7 +35,7 @@ class Maxout(nn.Module):
         positive_integers(input_dim=input_dim, output_dim=output_dim, window=window)
         super().__init__()
         self.window = window
-        self.linear = nn.Linear(input_dim, output_dim * window)
+        self.linear = tall(nn.Linear(input_dim, output_dim * window))
 
     def forward(self, x: Tensor) -> Tensor:
         """The units at x."""

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 
 from flowvi import kernels
 from flowvi.checks import flags, positive_integers
+from flowvi.kernels.linear import tall
 from flowvi.transforms.base import Conditioned, check_context
 from flowvi.transforms.planar import _check_constraint, hidden_sizes
 
@@ -171,7 +172,7 @@ class ParameterNetwork(nn.Module):
         starts = starts[shared:]
         self.shapes = [s.shape for s in starts]
         # A last layer for each parameter: one for all would have its output, and its gradient, cut and copied.
-        heads = [nn.Linear([context_dim, *hidden][-1], s.numel()) for s in starts]
+        heads = [tall(nn.Linear([context_dim, *hidden][-1], s.numel())) for s in starts]
         self.heads = nn.ModuleList(heads)
         with torch.no_grad():
             for head, start in zip(heads, starts, strict=True):

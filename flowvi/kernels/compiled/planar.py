@@ -14,8 +14,9 @@ import numpy as np
 from flowvi.kernels.compiled import planar_each, planar_gram, planar_small, threads
 from flowvi.kernels.compiled.inverse import planar as inverse
 from flowvi.kernels.compiled.inverse_pullback import planar as inverse_pullback
+from flowvi.kernels.compiled.planar_each import may_overwrite
 
-__all__ = ["backward", "forward", "inverse", "inverse_pullback"]
+__all__ = ["backward", "forward", "inverse", "inverse_pullback", "may_overwrite"]
 
 MANY = 32
 """Particles for each datum from which its stack is worth the kernels of a shared one."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from flowvi.kernels.compiled import planar_each_sum, threads
 from flowvi.kernels.compiled.constraint import weights, weights_backward
-from flowvi.kernels.compiled.jit import kernel, stamp
+from flowvi.kernels.compiled.jit import helper, kernel, stamp
 from flowvi.kernels.compiled.tanh import tanh
 
 ROWS = 16
@@ -33,8 +33,17 @@ LOWEST, HIGHEST = 1e-30, 1e30
 """A product of determinants within these is one in float32 too; the logarithm is taken before it can leave them."""
 
 
+@helper()
+def _square(v: Any) -> Any:
+    """|v|^2."""
+    total = v.dtype.type(0)
+    for d in range(v.size):
+        total += v[d] * v[d]
+    return total
+
+
 @cache
-def _make_forward(dtype: type, with_score: bool) -> Any:
+def _make_forward(dtype: type, with_score: bool, shared: bool) -> Any:
     F, TAG = dtype, stamp()
     line = LINE // np.dtype(dtype).itemsize
 
@@ -44,7 +53,7 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
         y: Any, log_det: Any, out_score: Any, t: Any, start: int, stop: int,
     ) -> int:  # fmt: skip
         _, layers, dim = u.shape
-        size, shared = x.shape[1], w.shape[0] == 1
+        size = x.shape[1]
         z, pull = np.empty((ROWS, dim), F), np.empty((ROWS, dim), F)
         one: Any = np.empty(ROWS, F)  # memory of its own for each vector, or loops over several wouldn't vectorize
         s, square, a, q, v = one, np.empty_like(one), np.empty_like(one), np.empty_like(one), np.empty_like(one)
@@ -71,13 +80,13 @@ def _make_forward(dtype: type, with_score: bool) -> Any:
                             some += u[data[j], k, d]
                     seen[0] += some
             for k in range(layers):
+                once = _square(w[0, k])
                 for j in range(rows):
                     n = data[j]
                     w_, u_, z_, pull_ = w[np.uintp(0) if shared else n, k], u[n, k], z[j], pull[j]
-                    wu, ww, wz, u_pull, w_pull = F(0), F(0), F(0), F(0), F(0)
+                    wu, ww, wz, u_pull, w_pull = F(0), once if shared else _square(w_), F(0), F(0), F(0)
                     for d in range(dim):
                         wu += w_[d] * u_[d]
-                        ww += w_[d] * w_[d]
                         wz += w_[d] * z_[d]
                         if with_score:
                             u_pull += u_[d] * pull_[d]
@@ -146,6 +155,7 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
         share, along, q, g_q = np.empty_like(one), np.empty_like(one), np.empty_like(one), np.empty_like(one)
         g_det, by_s, by_square = np.empty_like(one), np.empty_like(one), np.empty_like(one)
         each: Any = np.empty((layers, ROWS), F)
+        in_place = g_u.ctypes.data == u.ctypes.data
         mine = np.empty((ROWS, layers, dim), F)
         by_a, by_u, by_w = each, np.empty_like(each), np.empty_like(each)
         if shared:
@@ -161,17 +171,18 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
                 for k in range(layers):
                     for d in range(dim):
                         mine[j, k, d] = u[n, k, d]
-                for k in range(layers):
-                    for d in range(dim):
-                        g_u[n, k, d] = F(0)
+                if not in_place:
+                    for k in range(layers):
+                        for d in range(dim):
+                            g_u[n, k, d] = F(0)
             for k in range(layers - 1, -1, -1):
+                once, on_squares = _square(w[0, k]), F(0)
                 for j in range(rows):
                     n = np.uintp(first + j)
                     row = np.uintp(0) if shared else n
-                    wu, ww, along_u, along_w = F(0), F(0), F(0), F(0)
+                    wu, ww, along_u, along_w = F(0), once if shared else _square(w[row, k]), F(0), F(0)
                     for d in range(dim):
                         wu += w[row, k, d] * mine[j, k, d]
-                        ww += w[row, k, d] * w[row, k, d]
                         along_u += mine[j, k, d] * g[j, d]
                         along_w += w[row, k, d] * g[j, d]
                     s[j], square[j], ug[j], wg[j], v[j] = wu, ww, along_u, along_w, t[n, k, 0]
@@ -199,8 +210,9 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
                     on_u, on_w, a, c_s, c_square = by_u[k, j], by_w[k, j], by_a[k, j], by_s[j], F(2) * by_square[j]
                     g_b[n, k] = a
                     if shared:
+                        on_squares += c_square
                         for d in range(dim):
-                            g_w[row, k, d] += on_w * g[j, d] + c_s * mine[j, k, d] + c_square * w[row, k, d]
+                            g_w[row, k, d] += on_w * g[j, d] + c_s * mine[j, k, d]
                     else:
                         for d in range(dim):
                             g_w[row, k, d] = on_w * g[j, d] + c_s * mine[j, k, d] + c_square * w[row, k, d]
@@ -208,6 +220,9 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
                         g_u[n, k, d] = on_u * g[j, d] + c_s * w[row, k, d]
                     for d in range(dim):
                         g[j, d] += a * w[row, k, d]
+                if shared:
+                    for d in range(dim):
+                        g_w[0, k, d] += on_squares * w[0, k, d]
             for k in range(layers):
                 for j in range(rows):
                     n = np.uintp(first + j)
@@ -226,6 +241,11 @@ def _make_backward(dtype: type, with_log_det: bool) -> Any:
     return backward
 
 
+def may_overwrite(size: int, layers: int, dim: int) -> bool:
+    """Whether `backward` of so many particles for each datum may leave the gradient of u where u is."""
+    return size == 1 and layers * dim <= SMALL
+
+
 def _parts(u: Any, size: int) -> list[tuple[int, int]]:
     count, layers, dim = u.shape
     return threads.ranges(count, count * size * layers * (dim + 20), 1)
@@ -236,7 +256,7 @@ def forward(
     y: Any, log_det: Any, out_score: Any, t: Any,
 ) -> None:  # fmt: skip
     """Fill y, log_det, t and out_score (unless it is None) from x and sign * score, the score at x."""
-    kernel_ = _make_forward(w.dtype.type, out_score is not None)
+    kernel_ = _make_forward(w.dtype.type, out_score is not None, len(w) == 1)
     if out_score is None:
         score, out_score = x, y  # placeholders that aren't read
     args = (x, score, sign, w, u, b, softplus, y, log_det, out_score, t)
@@ -247,9 +267,8 @@ def backward(
     g_y: Any, g_log_det: Any, x: Any, w: Any, u: Any, b: Any, softplus: bool, t: Any,
     g_x: Any, g_w: Any, g_u: Any, g_b: Any,
 ) -> None:  # fmt: skip
-    """Fill the gradients to x, w, u and b; g_log_det None counts as zero."""
-    together = x.shape[1] == 1 and u[0].size <= SMALL
-    make = _make_backward if together else planar_each_sum.make_backward
+    """Fill the gradients to x, w, u and b; g_log_det None counts as zero. `may_overwrite` says when g_u may be u."""
+    make = _make_backward if may_overwrite(x.shape[1], *u.shape[1:]) else planar_each_sum.make_backward
     kernel_ = make(w.dtype.type, g_log_det is not None)
     weight = b if g_log_det is None else g_log_det  # b: a placeholder that isn't read
     args, parts = (g_y, weight, x, w, u, b, softplus, t, g_x), _parts(u, x.shape[1])
