@@ -23,9 +23,6 @@ from flowvi.kernels.compiled.tanh import tanh
 ROWS = 16
 """Particles that go through a layer together."""
 
-LINE = 64
-"""Bytes of a line of the cache."""
-
 SMALL = 8_192
 """Numbers of a datum's u up to which `ROWS` of them stay in the second cache, in the backward pass."""
 
@@ -45,7 +42,6 @@ def _square(v: Any) -> Any:
 @cache
 def _make_forward(dtype: type, with_score: bool, shared: bool) -> Any:
     F, TAG = dtype, stamp()
-    line = LINE // np.dtype(dtype).itemsize
 
     @kernel
     def forward(
@@ -60,7 +56,6 @@ def _make_forward(dtype: type, with_score: bool, shared: bool) -> Any:
         by_u, by_w, by_c = np.empty_like(one), np.empty_like(one), np.empty_like(one)
         total, product, low, high = np.empty_like(one), np.empty_like(one), np.empty(ROWS), np.empty(ROWS)
         data, places = np.empty(ROWS, np.uintp), np.empty(ROWS, np.uintp)
-        seen: Any = np.zeros(1, F)
         for first in range(start * size, stop * size, ROWS):
             rows = min(ROWS, stop * size - first)
             for j in range(rows):
@@ -71,14 +66,6 @@ def _make_forward(dtype: type, with_score: bool, shared: bool) -> Any:
                     z[j, d] = x[n, i, d]
                     if with_score:
                         pull[j, d] = F(sign) * score[n, i, d]
-            # In one stream, which the machine fetches ahead: layer by layer there would be one for each row.
-            for j in range(rows):
-                if j == 0 or data[j] != data[j - 1]:
-                    some = F(0)
-                    for k in range(layers):
-                        for d in range(0, dim, line):
-                            some += u[data[j], k, d]
-                    seen[0] += some
             for k in range(layers):
                 once = _square(w[0, k])
                 for j in range(rows):
