@@ -16,6 +16,7 @@ from flowvi.fit.descent import Descent
 from flowvi.fit.distributed import ALONE
 from flowvi.fit.factored_descent import FactoredDescent, make_descent
 from flowvi.fit.gradient import Factors, make_gradient
+from flowvi.kernels.linear import BY_COLUMNS
 
 pytest.importorskip("numba", reason="products are left open where numba is installed")
 
@@ -54,7 +55,7 @@ def batch(seed, dtype, num=6):
 def recorded(dtype=torch.float64, by_columns=False):
     net = Net(dtype)
     if by_columns:
-        net.body.weight.data = net.body.weight.data.t().contiguous().t()
+        setattr(net.body.weight, BY_COLUMNS, True)
     flat = FlatParameters(net)
     gradient = make_gradient(net.loss, flat, batch(0, dtype), batch(1, dtype))
     assert gradient.recorded

@@ -363,18 +363,21 @@ def test_a_compiled_target_is_the_same_target():
         assert torch.allclose(grad, grad_, rtol=1e-9)
 
 
-def test_a_matrix_that_lies_column_by_column_does_so_in_the_flat_vector():
+def test_a_tall_matrix_lies_column_by_column_in_the_flat_vector():
     torch.manual_seed(0)
     net = torch.nn.Sequential(tall(torch.nn.Linear(2, 40)), torch.nn.Tanh(), tall(torch.nn.Linear(40, 3)))
-    first = net[0].weight
-    assert first.shape == (40, 2)
-    assert first.t().is_contiguous()
-    assert net[2].weight.is_contiguous()
     values = [p.detach().clone() for p in net.parameters()]
     x = torch.randn(5, 2)
     before = net(x).detach()
     flat = FlatParameters(net)
-    torch.testing.assert_close(flat.vector[:80].view(2, 40), values[0].t(), rtol=0, atol=0)
+    assert torch.equal(flat.vector[:80].view(2, 40), values[0].t())
+    assert not net[0].weight.is_contiguous()
+    assert net[2].weight.is_contiguous()
+    ordered = flat.ordered(flat.vector)
+    assert torch.equal(ordered, torch.cat([v.reshape(-1) for v in values]))
+    again = torch.zeros_like(ordered)
+    flat.fill(again, ordered)
+    assert torch.equal(again, flat.vector)
     assert torch.equal(net(x), before)
     loss = net(x).square().sum()
     expected = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
@@ -384,7 +387,7 @@ def test_a_matrix_that_lies_column_by_column_does_so_in_the_flat_vector():
     flat.move(torch.empty_like(flat.vector), torch.zeros_like(flat.grad))
     assert torch.equal(net(x), before)
     flat.release()
-    assert net[0].weight.t().is_contiguous()
+    assert all(p.is_contiguous() for p in net.parameters())
     for p, value in zip(net.parameters(), values, strict=True):
         assert torch.equal(p, value)
     other = copy.deepcopy(net)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
+from flowvi import kernels
 from flowvi.fit.adam import FlatParameters
 from flowvi.fit.gradient import Gradient, make_gradient
-from flowvi.graph import Refused, emit, record, tidy
+from flowvi.graph import Refused, emit, keep, record, tidy
 from flowvi.graph import join as joined
 from flowvi.graph.bound import bound
 from flowvi.kernels import linear as products
@@ -286,6 +288,54 @@ def gradients(net):
     return function, own
 
 
+def twice_the_same(a, w, v, x):
+    h = torch.tanh(x @ a.t())
+    return (linear(h, w) + (linear(h, v) + linear(h, v))).exp().sum()
+
+
+def used_before(a, w, v, x):
+    z = torch.tanh(a @ w + a.sin() @ v).detach()
+    return linear(z, w).exp().sum() + linear(z, v).sin().sum() + x.sum() * a.sum()
+
+
+def a_row_of_a_transposed_gradient(a, w, v, x):
+    y = (w.view(49) * 2).view(1, 7, 7)[0].sum(0)
+    return (x * y).square().sum() + (a @ v).sum()
+
+
+@pytest.mark.parametrize(
+    "loss", [twice_the_same, used_before, a_row_of_a_transposed_gradient], ids=lambda f: f.__name__
+)
+def test_products_that_are_not_quite_heads(loss):
+    torch.manual_seed(0)
+    own = [torch.randn(7, 7, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def function(given):
+        with torch.enable_grad():
+            value = loss(*given)
+            return [value, *torch.autograd.grad(value, given[:3])]
+
+    x = torch.randn(6, 7, dtype=torch.float64)
+    run, _ = flat(function, [*own, x])
+    with torch.no_grad():
+        found = run(*own, x)
+    for a, b in zip(found, function([*own, x]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_that_is_broadcast_is_not_put_beside_others():
+    torch.manual_seed(0)
+    given = [torch.randn(s) for s in ((6, 7), (3, 7), (4, 7), (1,), (1,))]
+
+    def function(given):
+        x, w, v, b, c = given
+        return [torch.addmm(b, x, w.t()).exp(), torch.addmm(c, x, v.t()).sin()]
+
+    run, _ = flat(function, given)
+    for a, b in zip(run(*given), function(given), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def products_of(graph):
     return sum(n.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for n in graph.nodes)
 
@@ -363,6 +413,56 @@ def test_the_stack_bound_to_shapes_is_the_stack(dtype, size, read_again):
     assert forward is not None
     ins = [a.example().normal_() if hasattr(a, "example") else a for a in likes[1]]
     assert (backward(*ins)[2] is ins[4]) == (size == 1)
+
+
+def u_is_w(x, w, u, b, stack):
+    v = torch.tanh(u) * 2
+    return stack(x, v, v, b)
+
+
+def u_holds_w(x, w, u, b, stack):
+    v = torch.tanh(u) * 2
+    return stack(x, v[:1], v, b)
+
+
+def u_is_half_of_it(x, w, u, b, stack):
+    v, rest = torch.unsafe_chunk(torch.tanh(torch.cat([u, u.sin()])), 2, 0)
+    return stack(x, w, v, b) + rest.square().sum()
+
+
+def u_is_its_own(x, w, u, b, stack):
+    return stack(x, w, torch.tanh(u) * 2, b)
+
+
+@pytest.mark.parametrize("loss", [u_is_w, u_holds_w, u_is_half_of_it, u_is_its_own], ids=lambda f: f.__name__)
+def test_the_gradient_of_u_takes_no_memory_that_is_read(loss):
+    num, layers, dim = 6, 3, 4
+    torch.manual_seed(0)
+    shapes = (num, 1, dim), (1, layers, dim), (num, layers, dim), (num, layers)
+    own = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+    def stack(x, w, u, b):
+        y, log_det, _, score = kernels.planar_stack_score(1.5 * x, -x.detach(), w, u, b, "squareplus")
+        return (y * score.detach()).sum() + log_det.sum()
+
+    def function(given):
+        with torch.enable_grad():
+            value = loss(*given[:4], stack)
+            grads = torch.autograd.grad(value, given[:4], allow_unused=True)
+        return [value, *(torch.zeros_like(p) if g is None else g for p, g in zip(given[:4], grads, strict=True))]
+
+    module = record(function, own)
+    tidy(module, own)
+    keep(module, range(1, 5))
+    places = [torch.empty_like(p) for p in own]
+    run = emit(module)
+    for _ in range(2):
+        with torch.no_grad():
+            for p in own:
+                p.normal_()
+            (value,) = run(*own, *places)
+        for a, b in zip([value, *places], function(own), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_what_a_graph_gives_stays_as_it_is_after_other_runs():

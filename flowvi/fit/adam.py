@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.kernels import dispatch
+from flowvi.kernels.linear import BY_COLUMNS
 
 CLIP = 10.0
 """A gradient longer than this many times its running length is cut to it: rare, and a sign of a bad particle."""
@@ -29,8 +30,8 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 class FlatParameters:
     """The parameters of a module as one vector; the module's own become views of it while this is in use.
 
-    One vector means one optimizer step and one norm, however many parameters there are. A matrix that lies in memory
-    column by column does so in the vector too.
+    One vector means one optimizer step and one norm, however many parameters there are. Matrices of which it is noted
+    that they may (`flowvi.kernels.linear.tall`) lie there column by column.
 
     Args:
         module: the module, or its parameters.
@@ -39,7 +40,7 @@ class FlatParameters:
     def __init__(self, module: nn.Module | Iterable[Tensor]) -> None:
         each = module.parameters() if isinstance(module, nn.Module) else module
         self.parameters = [p for p in each if p.requires_grad]
-        self._by_columns = [p.dim() == 2 and p.t().is_contiguous() and not p.is_contiguous() for p in self.parameters]
+        self._by_columns = [getattr(p, BY_COLUMNS, False) for p in self.parameters]
         with torch.no_grad():
             self.vector = torch.cat(self._rows(self.parameters))
             self.grad = torch.zeros_like(self.vector)
@@ -54,9 +55,19 @@ class FlatParameters:
         return [part.view(p.shape[::-1]).t() if turned else part.view(p.shape) for part, p, turned in parts]
 
     def _rows(self, parts: Iterable[Tensor]) -> list[Tensor]:
-        """What belongs to each parameter as rows of numbers, in the vector's order."""
-        turned = zip(parts, self._by_columns, strict=True)
-        return [(part.t() if by_columns else part).reshape(-1) for part, by_columns in turned]
+        """What belongs to each parameter, as its numbers lie in the vector."""
+        each = zip(parts, self._by_columns, strict=True)
+        return [(part.t() if turned else part).reshape(-1) for part, turned in each]
+
+    def ordered(self, vector: Tensor) -> Tensor:
+        """A vector of as many numbers (P,) in the order of the parameters, each row by row, wherever they lie."""
+        return torch.cat([part.reshape(-1) for part in self.split(vector)])
+
+    def fill(self, vector: Tensor, ordered: Tensor) -> None:
+        """Fill a vector of as many numbers with what `ordered` gave of it."""
+        parts = ordered.split([p.numel() for p in self.parameters])
+        for place, part in zip(self.split(vector), parts, strict=True):
+            place.copy_(part.view(place.shape))
 
     def backward(self, loss: Tensor) -> None:
         """Fill `grad` with the gradient of a loss.
@@ -86,7 +97,7 @@ class FlatParameters:
         """Give every parameter its own storage again, with its present value."""
         with torch.no_grad():
             for p, grad in zip(self.parameters, self._saved_grads, strict=True):
-                p.data, p.grad = p.data.clone(), grad
+                p.data, p.grad = p.data.clone(memory_format=torch.contiguous_format), grad
                 p.copy_(p)  # a new version, so that no transform's cache is taken for fresh
 
 

@@ -246,7 +246,9 @@ def _maximize(
 
     def state() -> dict[str, Any]:
         so_far = vars(record) | {"seconds": time.perf_counter() - start}
-        return {"tensors": [flat.vector, best, seen, *descent.state], "record": so_far, "random": torch.get_rng_state()}
+        *moments, counts = descent.state
+        tensors = [flat.ordered(flat.vector), flat.ordered(best), seen, *map(flat.ordered, moments), counts]
+        return {"tensors": tensors, "record": so_far, "random": torch.get_rng_state()}
 
     if checkpoint is not None:
         saved = checkpoint.take(LOOP)
@@ -257,7 +259,10 @@ def _maximize(
                 for tensor, value in zip(mine, saved["tensors"], strict=True):
                     if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):  # copy_ would broadcast and cast
                         raise ValueError(f"a state of shape {tuple(value.shape)} where {tuple(tensor.shape)} is due")
-                    tensor.copy_(value)
+                    if tensor.shape == flat.vector.shape:
+                        flat.fill(tensor, value)
+                    else:
+                        tensor.copy_(value)
                 torch.set_rng_state(saved["random"])
                 start -= record.seconds
         checkpoint.keep(LOOP, state)

@@ -69,8 +69,8 @@ def bound(target: Any, arguments: Sequence[Any], spent: Sequence[bool]) -> Calla
 
 def _array(a: Tensor) -> Any:
     """A tensor's memory as a numpy array."""
-    if a.requires_grad or not a.is_contiguous():
-        a = a.detach().contiguous()
+    if a.requires_grad or a.is_neg() or not a.is_contiguous():
+        a = a.detach().resolve_neg().contiguous()
     return a.numpy()
 
 

@@ -48,6 +48,8 @@ _QUICK: dict[Any, Callable[..., Any]] = {
 def emit(module: fx.GraphModule) -> Callable[..., tuple[Tensor | None, ...]]:
     """The function that does what the graph does; its inputs by position, its outputs in a tuple.
 
+    Not for several threads at once: some calls have memory of their own that they write to each time.
+
     Args:
         module: a graph of operations on tensors. What it holds is read live.
     """
@@ -70,7 +72,14 @@ def emit(module: fx.GraphModule) -> Callable[..., tuple[Tensor | None, ...]]:
             outputs = node.args[0]
         else:
             name = f"_flowvi_f{len(lines)}"
-            spent = [isinstance(a, fx.Node) and reads[memory_of(a)] is node and is_fresh(a) for a in node.args]
+            given = [memory_of(a) for a in node.all_input_nodes]
+            spent = [
+                isinstance(a, fx.Node)
+                and reads[memory_of(a)] is node
+                and given.count(memory_of(a)) == list(node.args).count(a) == 1  # nor does another argument lie there
+                and is_fresh(a)
+                for a in node.args
+            ]
             leaves = node in reads and reads[node].op == "output"
             known[name] = _function(node, spent, leaves)
             words = [_word(a, known) for a in node.args]
@@ -100,7 +109,7 @@ def _function(node: fx.Node, spent: Sequence[bool], leaves: bool) -> Any:
         return _QUICK[target]
     arguments = [a.meta.get("like") if isinstance(a, fx.Node) else a for a in node.args]
     known = all(a is not None for a, given in zip(arguments, node.args, strict=True) if isinstance(given, fx.Node))
-    if known and not leaves:
+    if known and not leaves and not node.kwargs:
         quicker = bound(target, arguments, spent)
         if quicker is not None:
             return quicker

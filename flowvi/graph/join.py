@@ -20,8 +20,8 @@ __all__ = ["join"]
 
 _ATEN = torch.ops.aten
 
-SMALL = 50_000
-"""Numbers that each of the matrices has at most: to copy larger ones costs more than a call does."""
+SMALL, MOST = 50_000, 100_000
+"""Numbers that each of the matrices has at most, and all values together: to copy more costs more than calls."""
 
 
 class _Head(NamedTuple):
@@ -45,7 +45,8 @@ def join(graph: fx.Graph) -> None:
         if head is not None:
             groups.setdefault((head.x, head.bias is None), []).append(head)
     for heads in groups.values():
-        if len(heads) > 1 and len({head.weight for head in heads}) == len(heads):
+        size = sum(head.value.meta["like"].shape.numel() for head in heads)
+        if len(heads) > 1 and len({head.weight for head in heads}) == len(heads) and size <= MOST:
             _join_backward(graph, heads, _join_forward(graph, heads))
 
 
@@ -60,7 +61,7 @@ def _head(node: fx.Node) -> _Head | None:
     weight: Any = right.args[0] if right.target is _ATEN.t.default else None
     if weight is None or weight.op != "placeholder" or weight.meta["like"].shape.numel() > SMALL:
         return None
-    if bias is not None and (bias.op != "placeholder" or len(bias.meta["like"].shape) != 1):
+    if bias is not None and (bias.op != "placeholder" or bias.meta["like"].shape != weight.meta["like"].shape[:1]):
         return None
     return _Head(node, x, weight, bias) if all(map(_is_pointwise, node.users)) else None
 
@@ -95,6 +96,8 @@ def _join_backward(graph: fx.Graph, heads: Sequence[_Head], matrix: fx.Node) -> 
         return
     given: list[Any] = [pull.args[0] for pull in pulls if pull is not None]
     place = {node: number for number, node in enumerate(graph.nodes)}
+    if place[top] < place[matrix]:  # of other products with the same matrices, before
+        return
     last = max(given, key=lambda node: place[node])
     with graph.inserting_before(last.next):
         side = _cat(graph, given, 1)
@@ -131,6 +134,8 @@ def _sum_over(node: fx.Node) -> fx.Node:
     """The sum that the value goes into, and nowhere else."""
     while len(node.users) == 1:
         (user,) = node.users
+        if list(user.args).count(node) > 1:  # twice itself
+            break
         if user.target is not _ATEN.add.Tensor or user.kwargs or user.meta["like"] != node.meta["like"]:
             break
         node = user

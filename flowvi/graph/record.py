@@ -22,6 +22,14 @@ _UNSURE = (
 )
 
 
+_VIEWS = (
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.unsafe_split.Tensor,
+    torch.ops.aten.unsafe_split_with_sizes.default,
+)
+"""Views that don't say that they are."""
+
+
 class Refused(Exception):
     """The function can't be recorded; it is as good as ever without."""
 
@@ -125,8 +133,7 @@ def memory_of(node: Any) -> Any:
     while isinstance(node, fx.Node) and node.op == "call_function":
         target: Any = node.target
         if isinstance(target, torch._ops.OpOverload):
-            shared = any(result.alias_info is not None for result in target._schema.returns)
-            if not shared and target is not torch.ops.aten._unsafe_view.default:  # a view that doesn't say so
+            if not (target in _VIEWS or any(result.alias_info is not None for result in target._schema.returns)):
                 break
         elif target is not operator.getitem:  # which is an item of several results
             break

@@ -167,15 +167,17 @@ def _same(node: fx.Node) -> fx.Node | None:
 
 
 def _view(graph: fx.Graph, node: fx.Node) -> None:
-    """The gradient of the only row of something is the row itself."""
-    if node.target is _ATEN.select_backward.default:
-        arguments: Any = node.args
-        row, shape, dim, _ = arguments
-        if shape[dim] == 1:
-            with graph.inserting_before(node):
-                better = graph.call_function(_ATEN.unsqueeze.default, (row, dim))
-            better.meta["like"] = node.meta["like"]
-            node.replace_all_uses_with(better)
+    """The gradient of the only row of something is the row itself, where it lies as the copy would."""
+    if node.target is not _ATEN.select_backward.default:
+        return
+    arguments: Any = node.args
+    row, shape, dim, _ = arguments
+    like, given = node.meta["like"], row.meta["like"]
+    if shape[dim] == 1 and Like.of(given.example().unsqueeze(dim)) == like:
+        with graph.inserting_before(node):
+            better = graph.call_function(_ATEN.unsqueeze.default, (row, dim))
+        better.meta["like"] = like
+        node.replace_all_uses_with(better)
 
 
 def _done(node: fx.Node, done: dict[Any, fx.Node]) -> fx.Node | None:

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TALL", "crossprod", "linear", "pays", "tall"]
+__all__ = ["BY_COLUMNS", "TALL", "crossprod", "linear", "pays", "tall"]
 
 TALL = 16
 """Outputs for an input from which on the products with a layer's weights take less time where these are transposed."""
+
+BY_COLUMNS = "may_lie_by_columns"
+"""The attribute of a parameter by which that is noted."""
 
 LEAST = 100_000
 """Multiplications below which calling oneDNN costs more than it saves, between other calls of it. Alone in a loop MKL
@@ -53,12 +56,12 @@ def crossprod(left: Tensor, right: Tensor) -> Tensor:
 
 
 def tall(layer: nn.Linear) -> nn.Linear:
-    """The same layer; if it is tall, its weights (C', C) lie in memory column by column.
+    """The same layer; if it is tall, it is noted that its weights (C', C) may lie in memory column by column in a fit.
 
     Their gradient G' X is quicker to make as the rows of X' G, which so can stay as they are.
     """
     if layer.out_features >= TALL * layer.in_features:
-        layer.weight.data = layer.weight.data.t().contiguous().t()
+        setattr(layer.weight, BY_COLUMNS, True)
     return layer
 
 
