@@ -117,6 +117,7 @@ def clean_state():
     pyro.set_rng_seed(0)
     yield
     torch.set_num_threads(threads)
+    torch.distributions.Distribution.set_default_validate_args(True)  # torch.compile turns it off
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from torch.distributions import biject_to
 import flowvi
 from flowvi import errors
 from flowvi.targets import as_density
+from flowvi.targets.compiling import compile_flat
 
 F64 = torch.float64
 
@@ -484,3 +485,15 @@ def test_a_value_outside_of_a_dependent_support_has_no_density():
     values = {"a": torch.tensor([1.0, 1.0, -1.0]), "b": torch.tensor([0.5, 2.0, 0.5])}
     log_det = density.unconstrain(values)[1]
     assert torch.isfinite(log_det).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_compiling_leaves_the_checks_of_distributions_as_they_are(validate, monkeypatch):
+    def stand_in(function, **options):
+        torch.distributions.Distribution.set_default_validate_args(False)  # as torch's does when it is first called
+        return function
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    torch.distributions.Distribution.set_default_validate_args(validate)
+    compile_flat(lambda z: (z * 2,), torch.ones(3), agree=torch.equal)
+    assert torch.distributions.Distribution._validate_args == validate

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from flowvi.progress import waiting
 
@@ -63,6 +65,16 @@ def repays(flat_seconds: float, num_nodes: int, num_calls: int) -> bool:
     return num_calls * flat_seconds * GAIN > 2 * (SECONDS + SECONDS_PER_NODE * num_nodes)
 
 
+@contextmanager
+def _validation_kept() -> Iterator[None]:
+    """Distributions check their arguments, or don't, as before: `torch.compile` turns that off, for the whole process."""
+    before = Distribution._validate_args
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
 def compile_flat(
     flat: Function, *inputs: Tensor, agree: Callable[[Any, Any], bool], current: Function | None = None
 ) -> tuple[Function | None, CompileReport]:
@@ -77,7 +89,8 @@ def compile_flat(
     start = time.perf_counter()
     before = seconds_per_call(current or flat, *inputs)
     try:
-        compiled: Function = torch.compile(flat, dynamic=False, fullgraph=True)
+        with _validation_kept():
+            compiled: Function = torch.compile(flat, dynamic=False, fullgraph=True)
         with torch.no_grad(), waiting("compile the target"):
             found, expected = compiled(*inputs), flat(*inputs)
     except Exception as error:  # a missing compiler, an operation that Inductor can't lower: eager is right as well
