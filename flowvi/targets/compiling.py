@@ -67,7 +67,7 @@ def repays(flat_seconds: float, num_nodes: int, num_calls: int) -> bool:
 
 @contextmanager
 def _validation_kept() -> Iterator[None]:
-    """Distributions check their arguments, or don't, as before: `torch.compile` turns that off, for the whole process."""
+    """Distributions check their arguments as before, or not: `torch.compile` turns that off for the whole process."""
     before = Distribution._validate_args
     try:
         yield
