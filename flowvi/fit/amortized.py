@@ -259,7 +259,7 @@ def _maximize(
                 for tensor, value in zip(mine, saved["tensors"], strict=True):
                     if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):  # copy_ would broadcast and cast
                         raise ValueError(f"a state of shape {tuple(value.shape)} where {tuple(tensor.shape)} is due")
-                    if tensor.shape == flat.vector.shape:
+                    if tensor.shape == flat.vector.shape:  # saved in the order of the parameters
                         flat.fill(tensor, value)
                     else:
                         tensor.copy_(value)

@@ -72,16 +72,8 @@ def emit(module: fx.GraphModule) -> Callable[..., tuple[Tensor | None, ...]]:
             outputs = node.args[0]
         else:
             name = f"_flowvi_f{len(lines)}"
-            given = [memory_of(a) for a in node.all_input_nodes]
-            spent = [
-                isinstance(a, fx.Node)
-                and reads[memory_of(a)] is node
-                and given.count(memory_of(a)) == list(node.args).count(a) == 1  # nor does another argument lie there
-                and is_fresh(a)
-                for a in node.args
-            ]
             leaves = node in reads and reads[node].op == "output"
-            known[name] = _function(node, spent, leaves)
+            known[name] = _function(node, _spent(node, reads), leaves)
             words = [_word(a, known) for a in node.args]
             words += [f"{key}={_word(value, known)}" for key, value in node.kwargs.items()]
             lines.append(f"{node.name} = {name}({', '.join(words)})")
@@ -96,20 +88,31 @@ def emit(module: fx.GraphModule) -> Callable[..., tuple[Tensor | None, ...]]:
     return known["run"]
 
 
+def _spent(node: fx.Node, reads: dict[Any, fx.Node]) -> list[bool]:
+    """Whether an argument's memory was made by the graph, and nobody reads it but the node, nor the node but once."""
+    memories = [memory_of(a) for a in node.all_input_nodes]
+
+    def alone(a: Any) -> bool:
+        memory = memory_of(a)
+        return reads[memory] is node and memories.count(memory) == list(node.args).count(a) == 1 and is_fresh(a)
+
+    return [isinstance(a, fx.Node) and alone(a) for a in node.args]
+
+
 def _function(node: fx.Node, spent: Sequence[bool], leaves: bool) -> Any:
     """What is called.
 
     Args:
         node: the call.
-        spent: of which arguments nobody reads the memory afterwards.
+        spent: which arguments' memory may be written to.
         leaves: whether what it gives is given to whoever calls the graph.
     """
     target: Any = node.target
     if target in _QUICK:
         return _QUICK[target]
     arguments = [a.meta.get("like") if isinstance(a, fx.Node) else a for a in node.args]
-    known = all(a is not None for a, given in zip(arguments, node.args, strict=True) if isinstance(given, fx.Node))
-    if known and not leaves and not node.kwargs:
+    alike = all(a is not None for a, given in zip(arguments, node.args, strict=True) if isinstance(given, fx.Node))
+    if alike and not leaves and not node.kwargs:
         quicker = bound(target, arguments, spent)
         if quicker is not None:
             return quicker

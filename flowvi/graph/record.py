@@ -21,7 +21,6 @@ _UNSURE = (
     torch.Tag.dynamic_output_shape,
 )
 
-
 _VIEWS = (
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten.unsafe_split.Tensor,
@@ -123,7 +122,7 @@ def _changed(node: fx.Node) -> list[Any]:
 
 
 def is_fresh(node: Any) -> bool:
-    """Whether a tensor was made in the graph, and is no view of one that was not; of what is no tensor, True."""
+    """Whether a tensor was made in the graph, and is no view of one that was not; None counts as one."""
     memory = memory_of(node)
     return memory is None or (isinstance(memory, fx.Node) and memory.op == "call_function")
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BY_COLUMNS", "TALL", "crossprod", "linear", "pays", "tall"]
+__all__ = ["BY_COLUMNS", "TALL", "crossprod", "linear", "linear_alike", "pays", "tall"]
 
 TALL = 16
 """Outputs for an input from which on the products with a layer's weights take less time where these are transposed."""
 
 BY_COLUMNS = "may_lie_by_columns"
-"""The attribute of a parameter by which that is noted."""
+"""The attribute of a parameter by which `tall` notes that."""
 
 LEAST = 100_000
 """Multiplications below which calling oneDNN costs more than it saves, between other calls of it. Alone in a loop MKL
