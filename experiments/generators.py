@@ -24,7 +24,8 @@ from torch.nn import functional as F
 import flowvi
 from experiments.gan import GAN, SLOPE, Training, dense, fit_gan, standardize
 from flowvi.amortized import AmortizedFlow
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.guides import default_base
 
 LARGEST_WIDTH = 8192

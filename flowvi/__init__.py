@@ -10,10 +10,12 @@ from flowvi._version import __version__
 from flowvi.compare import compare
 from flowvi.diagnostics import Diagnostics
 from flowvi.fit import fit
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.guides import AutoFlow, AutoPlanar, AutoRadial
+from flowvi.history import History
 from flowvi.objectives import ELBO, AnnealedELBO, BalancedELBO, CoveringELBO, LinearAnneal, PathELBO
-from flowvi.posterior import History, Posterior
+from flowvi.posterior import Posterior
 from flowvi.storage import load
 from flowvi.targets import LogDensity, as_density
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from flowvi import transforms
 from flowvi.errors import DimensionError, FlowVIError, OptionError
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.transforms.affine import Affine
 from flowvi.transforms.base import Transform
 from flowvi.transforms.conditional_affine import ConditionalAffine

@@ -11,7 +11,7 @@ from flowvi.checks import as_path
 from flowvi.density_fit import DensityFit, DensityHistory
 from flowvi.errors import FileFormatError
 from flowvi.files import DENSITY, DTYPES, plain, read, write
-from flowvi.flow import FlowSpec
+from flowvi.flow_spec import FlowSpec
 from flowvi.storage import check_rebuild, rebuild
 
 __all__ = ["load_density", "save_density"]

@@ -1,15 +1,27 @@
-"""What print() says of flows and guides: whose, of which layers, over which latents, with how many parameters."""
+"""What print() says of flows, guides and fits: whose, of which layers, over which latents, and how they were made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyro.poutine.messenger import unwrap
 from torch import nn
 
-__all__ = ["head", "layer_lines", "model_name", "num_parameters", "site_lines", "unset"]
+if TYPE_CHECKING:
+    from flowvi.history import History
+
+__all__ = [
+    "fit_words",
+    "flow_words",
+    "head",
+    "layer_lines",
+    "model_name",
+    "num_parameters",
+    "site_lines",
+    "unset",
+]
 
 MAX_SITES = 30
 
@@ -50,3 +62,38 @@ def site_lines(shapes: Mapping[str, Sequence[int]]) -> list[str]:
     width = max(len(name) for name in shapes)
     lines = [f"  {name:<{width}}  {tuple(shape)}" for name, shape in list(shapes.items())[:MAX_SITES]]
     return lines + ([f"  ... {len(shapes) - MAX_SITES} more"] if len(shapes) > MAX_SITES else [])
+
+
+def flow_words(flow: Any, config: Mapping[str, Any]) -> str:
+    """A fitted flow: how many parts, its name, its layers and whether it has a funnel.
+
+    Args:
+        flow: a `Flow`, or a mixture of some.
+        config: what the engine decided.
+    """
+    spec = flow.spec
+    name = str(config.get("flow", "a flow of your own") if spec is None else spec.name)
+    count = config.get("num_flows") if spec is None else spec.num_flows
+    words = name if count is None else f"{name} K = {count}"
+    parts = len(config.get("weights", ()))
+    if parts:
+        words = (f"{parts} x " if parts > 1 else "") + f"{config['flow']} K = {config['num_flows']}"
+    specs = [part.spec for part in getattr(flow, "flows", [flow])]
+    funnel = any(s is not None and s.num_flows and s.funnels for s in specs)
+    return words + (" with a funnel" if funnel else "")
+
+
+def fit_words(config: Mapping[str, Any], history: History, timing: Mapping[str, float]) -> str:
+    """What follows a fit's flow: steps, particles, annealing and seconds, as far as they are known."""
+    words = [""]
+    if config.get("num_steps") is not None:
+        particles = config.get("num_particles")
+        words.append(f"{config['num_steps']} steps" + (f" of {particles} particles" if particles else ""))
+    if "anneal" in config:
+        words.append("annealed" if config["anneal"] else "not annealed")
+    if history.skipped_steps:
+        words.append(f"{history.skipped_steps} steps skipped as not finite")
+    if timing:
+        words.append(f"{timing.get('total', sum(timing.values())):.1f} s")
+    stopped = config.get("stopped", "finished")
+    return ", ".join(words) + ("" if stopped == "finished" else f"; it stopped: {stopped}")

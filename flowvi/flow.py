@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch import TransformedDistribution
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform as TorchTransform
 
+from flowvi import base_distribution
 from flowvi.checks import (
     as_device,
     as_shape,
@@ -23,77 +22,18 @@ from flowvi.checks import (
     flags_or_none,
     floating,
     instances,
-    one_of,
-    positive_integers,
     shown,
     whole_numbers,
 )
 from flowvi.describe import layer_lines, num_parameters
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
-from flowvi.random_state import kept
-from flowvi.transforms.affine import AFFINE_KINDS, Affine
+from flowvi.flow_spec import FlowSpec
+from flowvi.transforms.affine import Affine
 from flowvi.transforms.base import InvertibleMap
 from flowvi.transforms.funnel import funnel_stack
 from flowvi.transforms.registry import build
 
-__all__ = ["Flow", "FlowSpec"]
-
-FULL_BASE_LIMIT = 200
-"""The largest D at which the affine layer is full by default (D^2 parameters); above it is low rank."""
-
-
-@dataclass(frozen=True)
-class FlowSpec:
-    """All that is needed to build a flow's structure again; plain data, so that it can be saved.
-
-    Attributes:
-        name: a registered flow.
-        dim: D.
-        num_flows: K, the number of layers; 0 leaves the affine layer alone.
-        base: the affine layer after the K layers: "diag", "low_rank" or "full".
-        options: what the flow's factory takes.
-        funnels: the number of `funnel` layers between the K layers, where there are any, and the affine one.
-
-    Raises:
-        OptionError: an attribute can't be used.
-    """
-
-    name: str
-    dim: int
-    num_flows: int
-    base: str = "full"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    funnels: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise OptionError(f"name must be that of a registered flow, not {shown(self.name)}.")
-        positive_integers(dim=self.dim)
-        whole_numbers(num_flows=self.num_flows, funnels=self.funnels)
-        one_of(AFFINE_KINDS, base=self.base)
-        instances(Mapping, options=self.options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as a dictionary of plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FlowSpec:
-        """The spec that `to_dict` wrote.
-
-        Args:
-            data: what `to_dict` gave.
-
-        Returns:
-            An equal spec.
-
-        Raises:
-            OptionError: it is not what `to_dict` gave.
-        """
-        try:
-            return cls(**data)
-        except TypeError as e:
-            raise OptionError(f"data must be what FlowSpec.to_dict() gave, not {shown(data)}.") from e
+__all__ = ["Flow"]
 
 
 class Flow(TransformedDistribution):
@@ -138,7 +78,7 @@ class Flow(TransformedDistribution):
         transforms = list(transforms)
         self.module = nn.ModuleList([t for t in transforms if isinstance(t, nn.Module)])
         self.spec = spec
-        super().__init__(_as_base(base, self.module), transforms, validate_args=validate_args)
+        super().__init__(base_distribution.as_base(base, self.module), transforms, validate_args=validate_args)
 
     @classmethod
     def from_spec(
@@ -225,40 +165,13 @@ class Flow(TransformedDistribution):
         return {k: v for k, v in self.__dict__.items() if k != "_drawn"}
 
     def _base_rsample(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-        base = self.base_dist
-        if generator is None:
-            return base.rsample(shape)
-        if not isinstance(generator, torch.Generator):
-            raise OptionError(f"generator must be a torch.Generator or None, not {shown(generator)}.")
-        inner = _innermost(base)
-        if isinstance(inner, torch.distributions.Normal):
-            eps = torch.randn(
-                shape + base.batch_shape + base.event_shape,
-                generator=generator,
-                dtype=inner.loc.dtype,
-                device=inner.loc.device,
-            )
-            return inner.loc + inner.scale * eps
-        with kept(int(torch.randint(2**62, (), generator=generator, device=generator.device))):
-            return base.rsample(shape)
+        return base_distribution.rsample(self.base_dist, shape, generator)
 
     def _base_rows(self, num_samples: int, generator: torch.Generator | None, rows: slice) -> Tensor:
         whole_numbers(num_samples=num_samples)
         if not isinstance(rows, slice):
             raise OptionError(f"rows must be a slice of the draws, not {shown(rows)}.")
         return self._base_rsample(torch.Size([num_samples]), generator)[rows]
-
-    def _base_log_prob(self, x: Tensor) -> Tensor:
-        return self.base_dist.log_prob(x) if x.numel() else x.sum(-1)  # torch's own refuse no points
-
-    def _base_score(self, x: Tensor) -> Tensor:
-        inner = _innermost(self.base_dist)
-        if isinstance(inner, torch.distributions.Normal):
-            with torch.no_grad():
-                return (inner.loc - x) / inner.scale.square()
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self._base_log_prob(x).sum(), x)[0]
 
     def rsample_and_log_prob(
         self, num_samples: int, *, generator: torch.Generator | None = None, rows: slice = slice(None)
@@ -277,7 +190,7 @@ class Flow(TransformedDistribution):
             OptionError: an argument can't be used.
         """
         x = self._base_rows(num_samples, generator, rows)
-        log_q = self._base_log_prob(x)
+        log_q = base_distribution.log_prob(self.base_dist, x)
         for t in self.transforms:
             x, log_det = _forward(t, x)
             log_q = log_q - log_det
@@ -304,7 +217,7 @@ class Flow(TransformedDistribution):
         """
         self._require_path_score()
         x = self._base_rows(num_samples, generator, rows)
-        log_q, score = self._base_log_prob(x), self._base_score(x)
+        log_q, score = base_distribution.log_prob(self.base_dist, x), base_distribution.score(self.base_dist, x)
         for t in self.transforms:
             x, log_det, score = t.forward_with_score(x, score)
             log_q = log_q - log_det
@@ -313,8 +226,7 @@ class Flow(TransformedDistribution):
     @property
     def has_standard_base(self) -> bool:
         """Whether the base is N(0, I)."""
-        base = _innermost(self.base_dist)
-        return isinstance(base, torch.distributions.Normal) and bool((base.loc == 0).all() and (base.scale == 1).all())
+        return base_distribution.is_standard(self.base_dist)
 
     @property
     def has_path_score(self) -> bool:
@@ -352,7 +264,7 @@ class Flow(TransformedDistribution):
         for t in reversed(self.transforms):
             value, log_det = _inverse(t, value)
             log_q = log_q + log_det
-        return self._base_log_prob(value) + log_q
+        return base_distribution.log_prob(self.base_dist, value) + log_q
 
     def _check_value(self, value: Tensor) -> None:
         if not isinstance(value, Tensor):
@@ -395,7 +307,7 @@ class Flow(TransformedDistribution):
                 return torch.autograd.grad(self._log_prob_by_inverses(value).sum(), value)[0]
         with torch.no_grad():
             x = self._base_point(value)
-            score = self._base_score(x)
+            score = base_distribution.score(self.base_dist, x)
             for t in self.transforms:
                 x, _, score = t.forward_with_score(x, score)
         return score
@@ -439,32 +351,9 @@ class Flow(TransformedDistribution):
 
     def __repr__(self) -> str:
         lines = [f"Flow on R^{self.dim}, {num_parameters(self.module)}"]
-        return "\n".join(lines + layer_lines(type(_innermost(self.base_dist)).__name__, self.transforms))
-
-
-def _as_base(base: torch.distributions.Distribution | int, module: nn.Module) -> torch.distributions.Distribution:
-    """The base as a distribution with event shape (D,)."""
-    if isinstance(base, int):
-        positive_integers(base=base)
-        like = next(module.parameters(), torch.empty(0))
-        # Without torch's check of values: a point with NaN has log density NaN.
-        return dist.Normal(like.new_zeros(()), like.new_ones(()), validate_args=False).expand([base]).to_event(1)
-    if not isinstance(base, torch.distributions.Distribution):
-        raise OptionError(f"base must be a distribution over R^D, or D, not {shown(base)}.")
-    if base.event_shape == () and base.batch_shape:
-        return torch.distributions.Independent(base, 1)
-    if len(base.event_shape) != 1:
-        raise DimensionError(
-            f"the base of a Flow is a distribution over R^D, with event shape (D,); this one has event shape "
-            f"{tuple(base.event_shape)} and batch shape {tuple(base.batch_shape)}."
+        return "\n".join(
+            lines + layer_lines(type(base_distribution.innermost(self.base_dist)).__name__, self.transforms)
         )
-    return base
-
-
-def _innermost(base: torch.distributions.Distribution) -> torch.distributions.Distribution:
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
-    return base
 
 
 def _forward(t: TorchTransform, x: Tensor) -> tuple[Tensor, Tensor]:

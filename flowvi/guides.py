@@ -24,7 +24,8 @@ from torch.distributions.transforms import Transform as TorchTransform
 from flowvi.checks import as_tensor, functions, instances, one_of, positive_numbers, shown
 from flowvi.describe import head, layer_lines, site_lines, unset
 from flowvi.errors import DiscreteLatentError, NoLatentError, OptionError, SubsampledLatentError, TargetError
-from flowvi.flow import FULL_BASE_LIMIT, Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FULL_BASE_LIMIT, FlowSpec
 from flowvi.mixture import MixtureFlow
 from flowvi.random_state import kept
 from flowvi.targets.density import LogDensity

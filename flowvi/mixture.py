@@ -21,7 +21,8 @@ from torch.distributions.transforms import Transform as TorchTransform
 
 from flowvi.describe import num_parameters
 from flowvi.errors import DimensionError, OptionError
-from flowvi.flow import FULL_BASE_LIMIT, Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FULL_BASE_LIMIT, FlowSpec
 
 __all__ = ["MIXTURE", "MixtureFlow", "flow_from_spec"]
 

@@ -21,8 +21,9 @@ from flowvi import plane
 from flowvi.checks import as_array, flags, instances, lists_of_names, positive_integers, shown, whole_numbers
 from flowvi.errors import DimensionError, FlowVIError, OptionError
 from flowvi.flow import Flow
-from flowvi.posterior import Posterior, _generator
+from flowvi.posterior import Posterior
 from flowvi.psis import khat_limit, psis
+from flowvi.random_state import own_generator
 from flowvi.refined import RefinedPosterior
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def plot_khat(posterior: Posterior, *, num_samples: int = 10_000, ax: Any = None
     instances(Posterior, posterior=posterior)
     fit = _unrefined(posterior)
     diagnosis = fit.diagnose(num_samples)
-    _, log_p, log_q = fit._weigh(num_samples, _generator(fit.seed or 0, "diagnose", fit.density.device))
+    _, log_p, log_q = fit._weigh(num_samples, own_generator(fit.seed or 0, "diagnose", fit.density.device))
     log_w = (log_p - log_q).cpu().numpy()
     log_w[~np.isfinite(log_w)] = -np.inf
     order = np.argsort(-log_w)

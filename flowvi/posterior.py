@@ -8,10 +8,9 @@ map z -> x to the model's sites. Densities of sites follow by the change of vari
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,42 +19,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.checks import as_array, as_seed, as_tensor, flags, instances, shown, whole_numbers
+from flowvi.checks import as_array, as_seed, flags, instances, shown, whole_numbers
+from flowvi.describe import fit_words, flow_words
 from flowvi.diagnostics import Diagnostics
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
 from flowvi.examine import examine
 from flowvi.flow import Flow
-from flowvi.psis import psis
+from flowvi.history import History
+from flowvi.psis import psis, systematic
+from flowvi.random_state import own_generator
+from flowvi.site_values import flatten, log_prob_at
 from flowvi.table import PERCENTS, table
 from flowvi.targets.density import LogDensity
 
 if TYPE_CHECKING:
     from flowvi.refined import RefinedPosterior
 
-__all__ = ["History", "Posterior"]
+__all__ = ["Posterior"]
 
 _CHUNK_ELEMENTS = 2**21  # of z at a time, however many draws are asked for
 _SUMMARY_ELEMENTS = 2**23  # of the draws behind mean, std and quantiles
 _POOL = 10_000  # at least so many draws to resample from
-
-
-@dataclass(frozen=True)
-class History:
-    """The trace of a fit, one entry for every recorded step.
-
-    Attributes:
-        step: Step numbers (T,).
-        elbo: The ELBO estimate from each step's particles, at beta = 1 (T,), in nats; NaN where none was finite.
-        beta: The annealing temperature at these steps (T,); 1 is the target itself.
-        skipped_steps: Steps that were not taken because the loss or a gradient was not finite.
-        nonfinite_particles: Particles that were left out because their log density was not finite.
-    """
-
-    step: Tensor
-    elbo: Tensor
-    beta: Tensor
-    skipped_steps: int = 0
-    nonfinite_particles: int = 0
 
 
 class Posterior:
@@ -110,7 +94,7 @@ class Posterior:
         self.timing = dict(timing)
         self.history = history
         self.seed = seed
-        self._stream = _generator(seed, "stream", density.device)
+        self._stream = own_generator(seed, "stream", density.device)
         self._diagnoses: dict[tuple[int | None, int | None, bool], Diagnostics] = {}
 
     # draws
@@ -190,12 +174,14 @@ class Posterior:
             OptionError: A latent site is missing, or a value isn't a tensor of numbers.
             DimensionError: A value's shape doesn't fit its site, or two batches differ.
         """
-        flat, batch = self._flatten(values)
+        flat, batch = flatten(values, self.density)
         grad = torch.is_grad_enabled() and any(value.requires_grad for value in flat.values())
         num = math.prod(batch)
         with torch.set_grad_enabled(grad):
             parts = [
-                self._log_prob({name: value[start : start + self._rows] for name, value in flat.items()})
+                log_prob_at(
+                    {name: value[start : start + self._rows] for name, value in flat.items()}, self.flow, self.density
+                )
                 for start in range(0, num, self._rows)
             ]
         return torch.cat(parts).reshape(batch) if parts else torch.zeros(batch, dtype=self.density.dtype)
@@ -258,7 +244,7 @@ class Posterior:
         flags(hmc=hmc)
         key = (num_samples, seed, hmc)
         if key not in self._diagnoses:
-            generator = _generator(self.seed or 0 if seed is None else seed, "diagnose", self.density.device)
+            generator = own_generator(self.seed or 0 if seed is None else seed, "diagnose", self.density.device)
             found = examine(self, num_samples, generator, hmc=hmc)
             words = self.config.get("label_switching")
             self._diagnoses[key] = replace(found, verdict=f"{found.verdict} {words}") if words else found
@@ -374,31 +360,8 @@ class Posterior:
 
     def _made_by(self, short: bool = False) -> str:
         """The flow and, unless short, steps, particles, annealing and seconds, as far as they are known."""
-        spec, config = self.flow.spec, self.config
-        name = str(config.get("flow", "a flow of your own") if spec is None else spec.name)
-        count = config.get("num_flows") if spec is None else spec.num_flows
-        first = name if count is None else f"{name} K = {count}"
-        parts = len(config.get("weights", ()))
-        if parts:
-            first = (f"{parts} x " if parts > 1 else "") + f"{config['flow']} K = {config['num_flows']}"
-        specs = [part.spec for part in getattr(self.flow, "flows", [self.flow])]
-        if any(s is not None and s.num_flows and s.funnels for s in specs):
-            first += " with a funnel"
-        words = [first]
-        if short:
-            return words[0]
-        if config.get("num_steps") is not None:
-            particles = config.get("num_particles")
-            words.append(f"{config['num_steps']} steps" + (f" of {particles} particles" if particles else ""))
-        if "anneal" in config:
-            words.append("annealed" if config["anneal"] else "not annealed")
-        if self.history.skipped_steps:
-            words.append(f"{self.history.skipped_steps} steps skipped as not finite")
-        if self.timing:
-            seconds = self.timing.get("total", sum(self.timing.values()))
-            words.append(f"{seconds:.1f} s")
-        made, stopped = "Made by " + ", ".join(words), config.get("stopped", "finished")
-        return made if stopped == "finished" else f"{made}; it stopped: {stopped}"
+        words = flow_words(self.flow, self.config)
+        return words if short else f"Made by {words}{fit_words(self.config, self.history, self.timing)}"
 
     # the machinery
 
@@ -438,13 +401,7 @@ class Posterior:
         if not log_w.isfinite().any():
             raise NonFiniteError("no draw of the flow has a finite log density: see posterior.diagnose().")
         weights = torch.as_tensor(psis(log_w.numpy())[0]).exp()
-        # systematic: one uniform offset, n equally spaced points on the cumulated weights
-        offset = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
-        points = (torch.arange(num, dtype=torch.float64) + offset.cpu()) / num
-        cumulated = weights.cumsum(0)
-        index = torch.searchsorted(cumulated / cumulated[-1], points).clamp_(max=len(weights) - 1)
-        order = torch.randperm(num, generator=generator, device=generator.device).cpu()
-        index = index[order].to(z.device)
+        index = systematic(weights, num, generator).to(z.device)
         return z[index], log_p[index], log_q[index]
 
     def _draws_with_densities(
@@ -459,7 +416,7 @@ class Posterior:
     def _generator(self, seed: int | None, purpose: str) -> torch.Generator:
         """The posterior's own sequence, or one of its own for a seed."""
         seed = as_seed(seed)
-        return self._stream if seed is None else _generator(seed, purpose, self.density.device)
+        return self._stream if seed is None else own_generator(seed, purpose, self.density.device)
 
     def _constrain(self, chunks: Iterator[Tensor] | Sequence[Tensor], num: int) -> dict[str, Tensor]:
         """All sites at chunks of z, collected without a second copy: name -> (num, *shape)."""
@@ -486,61 +443,6 @@ class Posterior:
         sites = (*self.density.sites, *self.density.deterministic)
         elements = sum(math.prod(site.shape) for site in sites)
         num = max(1000, min(20_000, _SUMMARY_ELEMENTS // max(elements, 1)))
-        draws = self._draw(num, _generator(self.seed or 0, "summary", self.density.device))
+        draws = self._draw(num, own_generator(self.seed or 0, "summary", self.density.device))
         sites_at = self._constrain((z for z, _ in draws), num)
         return {name: x if x.is_floating_point() else x.to(self.density.dtype) for name, x in sites_at.items()}
-
-    def _log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The density log q of one chunk of values (S, *shape)."""
-        z, log_jacobian = self.density.unconstrain(values)
-        ok = z.isfinite().all(-1) & log_jacobian.isfinite()  # not so outside of the support
-        safe = torch.where(ok[:, None], z, 0.0)
-        log_q = self.flow.log_prob(safe.to(self.flow.dtype)).to(self.density.dtype) + log_jacobian
-        nan = torch.stack([v.isnan().reshape(len(v), -1).any(-1) for v in values.values()]).any(0)
-        log_q = torch.where(ok, log_q, -math.inf)
-        return torch.where(nan, math.nan, log_q)
-
-    def _flatten(self, values: Mapping[str, Any] | Any) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-        """Latent values with one batch dimension, and the batch shape they had."""
-        sites = self.density.sites
-        if not isinstance(values, Mapping):
-            if len(sites) != 1:
-                raise OptionError(
-                    f"values must be a dict with the sites {', '.join(s.name for s in sites)}, got "
-                    f"{type(values).__name__}."
-                )
-            values = {sites[0].name: values}
-        missing = [site.name for site in sites if site.name not in values]
-        if missing:
-            raise OptionError(f"values lacks the latent sites {', '.join(missing)}: log_prob needs them all.")
-        flat: dict[str, Tensor] = {}
-        batches: dict[str, tuple[int, ...]] = {}
-        for site in sites:
-            what = f"the value of site {site.name!r}"
-            value = as_tensor(what, values[site.name], self.density.dtype, self.density.device)
-            split = value.ndim - len(site.shape)
-            if split < 0 or tuple(value.shape[split:]) != tuple(site.shape):
-                raise DimensionError(
-                    f"site {site.name!r} has shape {tuple(site.shape)}, with batch dimensions in front if "
-                    f"wanted; got {tuple(value.shape)}."
-                )
-            batches[site.name] = tuple(value.shape[:split])
-            flat[site.name] = value.reshape(math.prod(batches[site.name]), *site.shape)
-        if len(set(batches.values())) > 1:
-            raise DimensionError(f"the batch dimensions of the values must agree, got {batches}.")
-        return flat, next(iter(batches.values()))
-
-
-# small things
-
-
-def _generator(seed: int | None, purpose: str, device: torch.device | str) -> torch.Generator:
-    """A generator of its own: from the seed and the purpose, or from the system's entropy without a seed."""
-    generator = torch.Generator(device=device)
-    if seed is None:
-        generator.seed()
-    else:
-        # apart from the noise of a fit with the same seed, and from each other
-        words = hashlib.sha256(f"flowvi {purpose} {seed}".encode()).digest()
-        generator.manual_seed(int.from_bytes(words[:7], "little"))
-    return generator

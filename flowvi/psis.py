@@ -1,4 +1,6 @@
-"""Pareto-smoothed importance sampling by whichever ArviZ is at hand, made safe for weights that are equal or zero.
+"""Pareto-smoothed importance sampling and resampling.
+
+The smoothing is ArviZ's, whichever is at hand, made safe for weights that are equal or zero.
 
 Source: Vehtari, Simpson, Gelman, Yao, Gabry (2024), "Pareto smoothed importance sampling", JMLR 25(72).
 """
@@ -9,12 +11,14 @@ import importlib
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flowvi.checks import as_array, one_of, whole_numbers
 from flowvi.errors import DimensionError, OptionError
 
-__all__ = ["MIN_DRAWS", "khat_limit", "psis"]
+__all__ = ["MIN_DRAWS", "khat_limit", "psis", "systematic"]
 
 MIN_DRAWS = 100  # fewer leave PSIS without a tail to fit
 _UNDERFLOW = -700.0  # log weights this far below the largest are zero
@@ -106,3 +110,22 @@ def _normalize(log_w: _Array) -> _Array:
     """Log weights minus their log sum."""
     top = log_w.max()
     return log_w - top - np.log(np.exp(log_w - top).sum())
+
+
+def systematic(weights: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    """Indices of `num` draws in random order, each as often as its weight says, to within one.
+
+    Args:
+        weights: (S,), not all zero, on the CPU.
+        num: n.
+        generator: where the randomness comes from.
+
+    Returns:
+        Indices (n,) on the CPU.
+    """
+    # one uniform offset, n equally spaced points on the cumulated weights
+    offset = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+    points = (torch.arange(num, dtype=torch.float64) + offset.cpu()) / num
+    cumulated = weights.cumsum(0)
+    index = torch.searchsorted(cumulated / cumulated[-1], points).clamp_(max=len(weights) - 1)
+    return index[torch.randperm(num, generator=generator, device=generator.device).cpu()]

@@ -1,4 +1,4 @@
-"""torch's global random generator, left as it was found, and held by one thread at a time.
+"""Random numbers: torch's global generator, left as it was found and held by one thread at a time; and others.
 
 What draws without a generator of its own (the start of a network, somebody else's model) draws from it. Two threads
 that set its seed at once would draw each other's numbers.
@@ -6,13 +6,14 @@ that set its seed at once would draw each other's numbers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
 
 import torch
 
-__all__ = ["ONE_AT_A_TIME", "kept", "reseed"]
+__all__ = ["ONE_AT_A_TIME", "kept", "own_generator", "reseed"]
 
 ONE_AT_A_TIME = RLock()
 """The random state, Pyro's handlers and the default dtype belong to the whole process."""
@@ -33,3 +34,15 @@ def reseed(seed: int, device: torch.device) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
+
+
+def own_generator(seed: int | None, purpose: str, device: torch.device | str) -> torch.Generator:
+    """A generator of its own: from the seed and the purpose, or from the system's entropy without a seed."""
+    generator = torch.Generator(device=device)
+    if seed is None:
+        generator.seed()
+    else:
+        # apart from the noise of a fit with the same seed, and from each other
+        words = hashlib.sha256(f"flowvi {purpose} {seed}".encode()).digest()
+        generator.manual_seed(int.from_bytes(words[:7], "little"))
+    return generator

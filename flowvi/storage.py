@@ -14,9 +14,11 @@ from flowvi.checks import as_path, instances
 from flowvi.conditional_flow import ConditionalFlow, flow_at
 from flowvi.errors import FileFormatError, OptionError, TargetError
 from flowvi.files import DTYPES, POSTERIOR, plain, read, unplain, write
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
+from flowvi.history import History
 from flowvi.mixture import flow_from_spec
-from flowvi.posterior import History, Posterior
+from flowvi.posterior import Posterior
 from flowvi.random_state import kept
 from flowvi.targets import LogDensity, as_density
 

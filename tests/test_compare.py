@@ -12,8 +12,10 @@ import torch
 
 import flowvi
 from flowvi.errors import DimensionError, OptionError, UntrustedWarning
-from flowvi.flow import Flow, FlowSpec
-from flowvi.posterior import History, Posterior
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
+from flowvi.history import History
+from flowvi.posterior import Posterior
 from flowvi.targets import as_density
 
 F64 = torch.float64

@@ -13,7 +13,8 @@ import torch
 from flowvi.columns import columns
 from flowvi.diagnostics import Diagnostics, gap_limit, judge
 from flowvi.errors import DimensionError, NonFiniteError, OptionError
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.psis import khat_limit, psis
 from flowvi.short_run import ShortRun, symmetric_kl
 from flowvi.targets import as_density

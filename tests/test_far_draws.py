@@ -11,8 +11,10 @@ import torch
 
 from flowvi.diagnostics import judge
 from flowvi.far_draws import overshoot
-from flowvi.flow import Flow, FlowSpec
-from flowvi.posterior import History, Posterior
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
+from flowvi.history import History
+from flowvi.posterior import Posterior
 from flowvi.targets import as_density
 
 LOG_Z = 0.5 * math.log(2 * math.pi)

@@ -15,7 +15,8 @@ import torch
 import flowvi
 from flowvi import errors, kernels
 from flowvi.fit import memory
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.transforms import available
 
 fit_module = importlib.import_module("flowvi.fit.fit")  # the name in the package is the function

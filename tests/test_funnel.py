@@ -9,7 +9,8 @@ import flowvi
 from flowvi import kernels
 from flowvi.errors import OptionError
 from flowvi.fit.rounds import grow
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.kernels.funnel import FunnelStep
 from flowvi.transforms import Affine, Funnel
 from flowvi.transforms.funnel import conditional_funnel, funnel_stack

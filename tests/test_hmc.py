@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flowvi import hmc_tuning
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.hmc import FlowCoordinates, Tuning, hmc_step
 from flowvi.hmc_tuning import estimate_scale, jitter, tune, warm_up
 from flowvi.targets import as_density

@@ -15,8 +15,10 @@ import torch
 import flowvi.inference_data
 from flowvi._version import __version__
 from flowvi.errors import OptionError, TargetError
-from flowvi.flow import Flow, FlowSpec
-from flowvi.posterior import History, Posterior
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
+from flowvi.history import History
+from flowvi.posterior import Posterior
 from flowvi.targets import as_density
 
 KINDS = ["inference_data", "datatree"]

@@ -12,10 +12,12 @@ import torch
 
 import flowvi
 from flowvi import errors
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
+from flowvi.history import History
 from flowvi.hmc import FlowCoordinates
 from flowvi.mixture import MixtureFlow, flow_from_spec
-from flowvi.posterior import History, Posterior
+from flowvi.posterior import Posterior
 from flowvi.short_run import symmetric_kl
 
 HISTORY = History(

@@ -14,7 +14,8 @@ from flowvi.fit.labels import label_switching
 from flowvi.fit.modes import Mode, distinct, fit_mixture, set_weights, starts_evidence
 from flowvi.fit.paths import connected
 from flowvi.fit.whiten import Start, whiten
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.mixture import MixtureFlow
 
 

@@ -24,9 +24,11 @@ from flowvi.errors import (
     UnknownFlowError,
 )
 from flowvi.files import read, write
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.guides import AutoFlow
-from flowvi.posterior import History, Posterior
+from flowvi.history import History
+from flowvi.posterior import Posterior
 from flowvi.storage import load
 from flowvi.targets import as_density
 from flowvi.transforms import Affine, Radial, registry

@@ -14,8 +14,10 @@ import flowvi.refine as refine_module
 from flowvi.bridge import bridge, log_evidence
 from flowvi.chains import agreement, describe_separation, split_rhat
 from flowvi.errors import FileFormatError, InterruptedWarning, NonFiniteError, OptionError
-from flowvi.flow import Flow, FlowSpec
-from flowvi.posterior import History, Posterior
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
+from flowvi.history import History
+from flowvi.posterior import Posterior
 from flowvi.refine import RefinedDiagnostics, RefinedPosterior, refine, symmetric_kl
 from flowvi.short_run import ShortRun
 from flowvi.storage import load

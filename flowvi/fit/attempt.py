@@ -19,7 +19,8 @@ from flowvi.fit.paths import connected
 from flowvi.fit.rounds import ROUND_STEPS, SECONDS, Check, as_plain, check, is_worse, run_rounds
 from flowvi.fit.search import search
 from flowvi.fit.whiten import Gaussian, Start, whiten
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.mixture import MixtureFlow
 from flowvi.objectives import ELBO, BalancedELBO, CoveringELBO, LinearAnneal
 from flowvi.random_state import kept

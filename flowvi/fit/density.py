@@ -31,7 +31,8 @@ from flowvi.fit.adam import FlatAdam, FlatParameters
 from flowvi.fit.engine import Schedule
 from flowvi.fit.gradient import LOOK_EVERY, Gradient, make_gradient
 from flowvi.fit.rows import Rows, Scaling, as_rows, split
-from flowvi.flow import Flow, FlowSpec
+from flowvi.flow import Flow
+from flowvi.flow_spec import FlowSpec
 from flowvi.guides import default_base
 from flowvi.progress import Bar, wanted
 from flowvi.random_state import kept

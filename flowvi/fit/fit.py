@@ -38,10 +38,11 @@ from flowvi.fit.engine import Record
 from flowvi.fit.memory import check_memory, forecast
 from flowvi.fit.rounds import MAX_FLOWS
 from flowvi.fit.steps import check_split
-from flowvi.flow import FlowSpec
+from flowvi.flow_spec import FlowSpec
 from flowvi.guides import default_base
+from flowvi.history import History
 from flowvi.objectives import ELBO, BalancedELBO
-from flowvi.posterior import History, Posterior
+from flowvi.posterior import Posterior
 from flowvi.progress import wanted
 from flowvi.targets import as_density
 from flowvi.threads import one_thread_if_small

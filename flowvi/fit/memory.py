@@ -31,7 +31,7 @@ from torch.distributions.transforms import Transform as TorchTransform
 
 from flowvi.errors import FlowVIError, MemoryWarning, TooLargeError
 from flowvi.examine import MAX_HMC_DIM
-from flowvi.flow import FlowSpec
+from flowvi.flow_spec import FlowSpec
 from flowvi.random_state import kept
 from flowvi.transforms.affine import default_rank
 from flowvi.transforms.registry import build
