@@ -208,7 +208,8 @@ class Calibration:
         Raises:
             OptionError: An unknown kind or quantity, or too few axes.
         """
-        from flowvi.plotting import MAX_MARGINALS, SKY, VERMILION, _ink, _panels
+        from flowvi.plotting.axes import SKY, VERMILION, ink, panels
+        from flowvi.plotting.marginals import MAX_MARGINALS
 
         one_of(("ecdf", "hist"), kind=kind)
         if names is not None:
@@ -219,7 +220,7 @@ class Calibration:
         if names is None:
             worst = set(sorted(self.names, key=lambda name: self.p_values[name])[:MAX_MARGINALS])
             names = [name for name in self.names if name in worst]
-        axes = _panels(ax, len(names), size=(2.6, 2.2), columns=4)[: len(names)]
+        axes = panels(ax, len(names), size=(2.6, 2.2), columns=4)[: len(names)]
         steps = np.arange(1, self.num_draws + 1) / (self.num_draws + 1)
         low, high = self.band()
         counts, expected = self.histogram
@@ -229,11 +230,11 @@ class Calibration:
             column = self.names.index(name)
             colour = VERMILION if self.adjusted[name] <= self.alpha else SKY
             if kind == "ecdf":
-                axis.fill_between(steps, low - steps, high - steps, color=_ink(), alpha=0.15, lw=0)
+                axis.fill_between(steps, low - steps, high - steps, color=ink(), alpha=0.15, lw=0)
                 axis.plot(steps, self._counts[:, column] / len(self.ranks) - steps, color=colour, lw=1.5)
-                axis.axhline(0, color=_ink(), lw=0.6, alpha=0.6)
+                axis.axhline(0, color=ink(), lw=0.6, alpha=0.6)
             else:
-                axis.fill_between(middle, expected - spread, expected + spread, color=_ink(), alpha=0.15, lw=0)
+                axis.fill_between(middle, expected - spread, expected + spread, color=ink(), alpha=0.15, lw=0)
                 axis.bar(middle, counts[:, column], 0.9 / len(expected), color=colour)
             axis.set_title(f"{name} (p {self.adjusted[name]:.2g})", fontsize="medium")
             axis.set(xlim=(0, 1), xlabel="rank / L")

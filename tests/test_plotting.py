@@ -15,9 +15,11 @@ import pytest
 import torch
 
 import flowvi
-from flowvi import plane, plotting
+from flowvi import plotting
 from flowvi.errors import DimensionError, OptionError
 from flowvi.mixture import MixtureFlow
+from flowvi.plotting import plane
+from flowvi.plotting.marginals import MAX_MARGINALS
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
 matplotlib.use("Agg")
@@ -250,7 +252,7 @@ def test_marginals(posterior):
 def test_marginals_of_elements():
     fit = flowvi.fit(lambda z: -0.5 * z.square().sum(-1), dim=20, **QUIET)
     axes = plotting.plot_marginals(fit, num_samples=500)
-    assert [axis.get_xlabel() for axis in axes] == [f"z[{i}]" for i in range(plotting.MAX_MARGINALS)]
+    assert [axis.get_xlabel() for axis in axes] == [f"z[{i}]" for i in range(MAX_MARGINALS)]
 
 
 ROWS = [
