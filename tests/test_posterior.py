@@ -13,6 +13,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flowvi.energies import CorrelatedGaussian
 from flowvi.errors import (
@@ -29,6 +31,7 @@ from flowvi.flow_spec import FlowSpec
 from flowvi.guides import AutoFlow
 from flowvi.history import History
 from flowvi.posterior import Posterior
+from flowvi.psis import systematic
 from flowvi.storage import load
 from flowvi.targets import as_density
 from flowvi.transforms import Affine, Radial, registry
@@ -280,6 +283,16 @@ def test_resample_corrects_a_wrong_mean_and_scale():
     order = z[:, 0]
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05  # in random order, not sorted as it was drawn
     assert same(posterior.resample(10, seed=1), posterior.resample(10, seed=1))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40).filter(any), st.integers(1, 200), st.integers(0, 2**31))
+def test_systematic_resampling_takes_each_as_often_as_its_weight_says_to_within_one(weights, num, seed):
+    weights = torch.tensor(weights, dtype=torch.float64)
+    index = systematic(weights, num, torch.Generator().manual_seed(seed))
+    counts = index.bincount(minlength=len(weights))
+    assert index.shape == (num,)
+    assert (counts - num * weights / weights.sum()).abs().max() < 1 + 1e-6
 
 
 def test_resample_of_constrained_sites_keeps_them_together():
