@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 import flowvi
 from flowvi.errors import DimensionError, NonFiniteError, NumericalWarning, OptionError
-from flowvi.fit import amortized
+from flowvi.fit import amortized, ascent
 from flowvi.fit.amortized_record import Record
 from flowvi.models import DLGM, Maxout
 
@@ -306,7 +306,7 @@ def test_a_recorded_fit_is_the_fit(case, monkeypatch):
     options = dict(RECORDED[case])
     model, x = options.pop("model", linear_gaussian), data(200)
     options = {"num_flows": 2, "lr": 2e-2, "seed": 1, "progress": False, "num_steps": 40} | options
-    monkeypatch.setattr(amortized, "LOOK_EVERY", 10)
+    monkeypatch.setattr(ascent, "LOOK_EVERY", 10)
     fits = []
     for compile in (True, False):
         torch.manual_seed(0)
@@ -333,7 +333,7 @@ def test_only_long_fits_are_recorded_unless_that_is_asked(monkeypatch):
 
 
 def test_an_encoder_that_changes_in_time_is_told_of(monkeypatch):
-    monkeypatch.setattr(amortized, "LOOK_EVERY", 1)
+    monkeypatch.setattr(ascent, "LOOK_EVERY", 1)
     x = data(200)
     options = {"num_flows": 2, "seed": 1, "progress": False, "num_steps": 300, "compile": True}
     encoder = Drifts(after=60)
