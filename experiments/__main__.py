@@ -209,7 +209,7 @@ def run_mnist(  # noqa: D103 (its help is above)
     data_dir: Annotated[Path | None, typer.Option(help="The folder of the data.", show_default="download")] = None,
     config: Annotated[str, typer.Option(help="How to learn: 'tuned', or 'paper'.")] = "tuned",
     updates: Annotated[
-        int | None, typer.Option(min=1, help="Of each fit.", show_default="32,000 (tuned), 500,000 (paper)")
+        int | None, typer.Option(min=1, help="Of each fit.", show_default="128,000 (tuned), 500,000 (paper)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a step; ranks share them.")] = 100,
     num_flows: Annotated[
@@ -244,7 +244,7 @@ def run_cifar(  # noqa: D103 (its help is above)
     quick: Quick = False,
     seed: Seed = 0,
     data_dir: Annotated[Path | None, typer.Option(help="The folder of the data.", show_default="download")] = None,
-    updates: Annotated[int | None, typer.Option(min=1, help="Of each fit.", show_default="32,000")] = None,
+    updates: Annotated[int | None, typer.Option(min=1, help="Of each fit.", show_default="128,000")] = None,
     num_flows: Annotated[
         list[int] | None, typer.Option(help="A length K, again for more.", show_default="0, 2, 5, 10")
     ] = None,

@@ -55,7 +55,7 @@ class Training:
 
 
 PAPER = Training(500_000, 1e-5, "rmsprop", "constant", True, False, 0, False)
-TUNED = Training(32_000, 2e-3, "adam", "cosine", False, True, 64, True)
+TUNED = Training(128_000, 2e-3, "adam", "cosine", False, True, 64, True)
 CONFIGS = {"paper": PAPER, "tuned": TUNED}
 
 
