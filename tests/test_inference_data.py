@@ -11,6 +11,8 @@ import pyro.distributions as dist
 import pyro.infer
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 
 import flowvi.inference_data
 from flowvi._version import __version__
@@ -152,6 +154,17 @@ def test_event_dimensions_and_names_that_clash(kind):
     assert data["log_likelihood"]["data"].dims[2:] == ("rows", "columns")
     assert data["observed_data"]["data"].dims == ("rows", "columns", "data_dim_2")
     assert data["posterior_predictive"]["data"].dims[2:] == ("rows", "columns", "data_dim_2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reparametrized_site_belongs_to_the_draws_and_not_to_the_data(kind):
+    fit = make(poutine.reparam(schools, config={"mu": LocScaleReparam(0.0)}), Y, SIGMA)
+    names = {"mu_decentered", "mu", "tau", "eta", "theta"}
+    assert set(fit.sample(2)) == names
+    data = convert(fit, kind, num_samples=20)
+    assert set(data["posterior"].data_vars) == names
+    for group in ("observed_data", "log_likelihood", "posterior_predictive"):
+        assert set(data[group].data_vars) == {"y"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam, SplitReparam, TransformReparam
 from torch.distributions import biject_to
 
 import flowvi
@@ -329,6 +330,38 @@ def test_pointwise_likelihood_and_masks():
     assert torch.allclose(pointwise, expected)
     assert torch.allclose(density(z), dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + expected.sum(-1))
     assert torch.isfinite(density.value_and_grad(z)[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("reparam", "prior", "stretch"),
+    [
+        (LocScaleReparam(0.0), dist.Normal(1.0, 2.0), 2.0),
+        (
+            TransformReparam(),
+            dist.TransformedDistribution(dist.Normal(0.0, 1.0), [torch.distributions.AffineTransform(1.0, 2.0)]),
+            2.0,
+        ),
+        (SplitReparam([1, 1], -1), dist.Normal(torch.ones(2), 2.0).to_event(1), 1.0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::flowvi.errors.SlowPathWarning")  # Pyro's SplitReparam reads a latent's value
+def test_a_reparametrized_site_is_deterministic_and_data_stay_data(reparam, prior, stretch):
+    def model(y):
+        with pyro.plate("group", 3):
+            m = pyro.sample("m", prior)
+            pyro.sample("fixed", dist.Delta(y), obs=y)  # data, though at a Delta
+            pyro.sample("y", dist.Normal(m.reshape(3, -1).sum(-1), 1.0), obs=y)
+
+    y = torch.arange(3.0)
+    density = as_density(poutine.reparam(model, config={"m": reparam}), args=(y,))
+    plain = as_density(model, args=(y,))
+    assert [(s.name, s.plates) for s in density.deterministic] == [("m", ("group",))]
+    assert density.deterministic[0].shape == plain.sites[0].shape
+    assert set(density.observed) == {s.name for s in density.observed_sites} == {"fixed", "y"}
+    z = torch.randn(5, density.dim)
+    m = density.constrain(z)["m"]
+    assert torch.allclose(density(z), plain(m.reshape(5, -1)) + 3 * math.log(stretch), atol=1e-4)
+    assert set(density.log_likelihood(z)) == {"fixed", "y"}
 
 
 def test_no_global_state_is_changed():

@@ -43,7 +43,7 @@ class LogDensity(ABC):
         dtype: dtype of values and gradients; z is cast to it.
         device: where they are computed.
         sites: the latent sites, in model order. Energies and callables have one, "z", of shape (D,).
-        deterministic: the `pyro.deterministic` sites.
+        deterministic: the `pyro.deterministic` sites, and those that `poutine.reparam` computes from others.
         observed_sites: the sites with data.
         discrete: the discrete latent sites, which are summed out, and the deterministic sites that depend on them.
         inseparable: those of them, and of the observed sites, that share one sum over discrete values with other data,

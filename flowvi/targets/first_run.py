@@ -15,7 +15,7 @@ from flowvi.errors import DiscreteLatentError, FlowVIError, NoLatentError, NonFi
 from flowvi.targets.enumeration import BROADCAST, EnumeratedRun, Enumeration, some
 from flowvi.targets.run import Run
 from flowvi.targets.runner import Runner
-from flowvi.targets.sites import FromRandom, FromUnconstrained, Layout, Site, site_of
+from flowvi.targets.sites import FromRandom, FromUnconstrained, Layout, Site, is_delta, site_of
 
 __all__ = ["Structure", "find_structure"]
 
@@ -92,6 +92,7 @@ def find_structure(runner: Runner) -> Structure:
         z, sites = torch.cat(reader.unconstrained), tuple(site_of(n) for n in run.latent)
         try:
             with runner.isolated(), torch.no_grad():
+                computed = _computed(runner, run, reader, z, sites)
                 summed = _sum_out(runner, run, reader, z, sites)
                 if not math.isfinite(summed.log_prob(runner.dtype)):
                     continue
@@ -103,13 +104,15 @@ def find_structure(runner: Runner) -> Structure:
             continue
         except Exception as error:
             raise runner.failed(error) from error
-        varying = [n for n in run.deterministic if n["value"].shape != summed.nodes[n["name"]]["value"].shape]
+        data = {name: value for name, value in data.items() if name not in computed}
+        deterministic = [n for n in run.samples if n["infer"].get("_deterministic") or n["name"] in computed]
+        varying = [n for n in deterministic if n["value"].shape != summed.nodes[n["name"]]["value"].shape]
         return Structure(
             z=z,
             run=summed,
             sites=sites,
-            deterministic=tuple(site_of(n) for n in run.deterministic if n not in varying),
-            discrete=tuple(site_of(n) for n in (*run.discrete, *varying)),
+            deterministic=tuple(site_of(n, computed=n["name"] in computed) for n in deterministic if n not in varying),
+            discrete=tuple(site_of(n, computed=n["name"] in computed) for n in (*run.discrete, *varying)),
             inseparable=summed.inseparable,
             observed_sites=tuple(site_of(n) for n in run.samples if n["name"] in data),
             observed=data,
@@ -118,6 +121,23 @@ def find_structure(runner: Runner) -> Structure:
         )
     with runner.isolated(), torch.no_grad():
         raise _why(runner, run, data, failure) from failure
+
+
+def _computed(runner: Runner, run: Run, reader: FromRandom, z: Tensor, sites: tuple[Site, ...]) -> frozenset[str]:
+    """The sites that are observed in name only: `poutine.reparam` puts a Delta in the place of a latent.
+
+    Its value then is another one where the latents are. That of an observed Delta with data stays the same.
+    """
+    deltas = [n["name"] for n in run.samples if n["name"] in reader.observed and is_delta(n)]
+    if not deltas:
+        return frozenset()
+    indices = {name: run.nodes[name]["value"] for name in reader.subsampled}
+    other = runner(FromUnconstrained(Layout(sites), 0.9 * z, indices=indices, masked=frozenset(reader.masked)))
+    return frozenset(
+        name
+        for name in deltas
+        if name not in other.nodes or not torch.equal(run.nodes[name]["value"], other.nodes[name]["value"])
+    )
 
 
 def _sum_out(runner: Runner, run: Run, reader: FromRandom, z: Tensor, sites: tuple[Site, ...]) -> Run:

@@ -40,11 +40,6 @@ class Run:
         return [n for n in self.samples if not n["is_observed"] and is_discrete(n)]
 
     @property
-    def deterministic(self) -> list[Any]:
-        """The messages of `pyro.deterministic`."""
-        return [n for n in self.samples if n["infer"].get("_deterministic")]
-
-    @property
     def densities(self) -> list[Any]:
         """The messages of all sites that have a log density."""
         return [n for n in self.samples if not n["infer"].get("_deterministic")]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions import Delta, Distribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Size, Tensor
@@ -34,6 +34,7 @@ __all__ = [
     "Reader",
     "Site",
     "element_name",
+    "is_delta",
     "is_discrete",
     "site_of",
     "without_validation",
@@ -63,15 +64,21 @@ def element_name(name: str, shape: tuple[int, ...], index: int) -> str:
     return f"{name}[{','.join(str(int(k)) for k in place)}]" if shape else name
 
 
-def site_of(message: Mapping[str, Any]) -> Site:
-    """The `Site` of a Pyro message that has its value."""
+def site_of(message: Mapping[str, Any], *, computed: bool = False) -> Site:
+    """The `Site` of a Pyro message that has its value.
+
+    Args:
+        message: the message.
+        computed: whether it is an observed site in name only, whose value is computed from the latents.
+    """
     fn, value = message["fn"], message["value"]
-    deterministic = bool(message["infer"].get("_deterministic"))
+    recorded = bool(message["infer"].get("_deterministic"))
+    deterministic = recorded or computed
     shape = Size(value.shape)
     support = constraints.real if deterministic else fn.support
     latent = not (deterministic or message["is_observed"] or is_discrete(message))
     unconstrained = Size(_bijection(message).inverse_shape(shape)) if latent else shape
-    batch = len(shape) - (0 if deterministic else fn.event_dim)  # pyro.deterministic calls everything an event
+    batch = len(shape) - (0 if recorded else fn.event_dim)  # pyro.deterministic calls everything an event
     plates: list[str | None] = [None] * batch
     for frame in message["cond_indep_stack"]:
         if frame.dim is not None and -frame.dim <= batch and shape[:batch][frame.dim] == frame.size:
@@ -268,6 +275,14 @@ def is_discrete(msg: Mapping[str, Any]) -> bool:
         return bool(msg["fn"].support.is_discrete)
     except (NotImplementedError, AttributeError):
         return False
+
+
+def is_delta(msg: Mapping[str, Any]) -> bool:
+    """Whether a site's distribution is a Delta at the site's own value, as `poutine.reparam` leaves behind."""
+    fn, value = msg["fn"], msg["value"]
+    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta) and isinstance(value, Tensor) and fn.v.data_ptr() == value.data_ptr()
 
 
 def _check_enumerable(msg: Mapping[str, Any]) -> None:
