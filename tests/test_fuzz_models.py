@@ -68,7 +68,7 @@ def float64_without_validation() -> Iterator[None]:
 
 
 def pyro_log_density(model, density, z):
-    """Log p(x(z)) + log|dx/dz| by Pyro's trace and torch's bijections."""
+    """Log p(x(z)) + log|dx/dz| by Pyro's trace and torch's bijections; standard normal where nothing depends on z."""
     values = {name: value[0] for name, value in density.constrain(z[None]).items()}
     latent = {site.name: values[site.name] for site in density.sites}
     trace = poutine.trace(poutine.condition(model, data=latent)).get_trace(*density.args, **density.kwargs)
@@ -78,7 +78,12 @@ def pyro_log_density(model, density, z):
         u = z[start : start + math.prod(site.unconstrained_shape)].reshape(site.unconstrained_shape)
         start += u.numel()
         torch.testing.assert_close(transform(u), latent[site.name])
-        total = total + transform.log_abs_det_jacobian(u, latent[site.name]).sum()
+        log_det = transform.log_abs_det_jacobian(u, latent[site.name])
+        if site.name in density._free:
+            free = density._free[site.name]
+            normal = -(u.square() + math.log(2 * math.pi)) / 2
+            log_det = torch.where(free, *(t.reshape(*free.shape, -1).sum(-1) for t in (normal, log_det)))
+        total = total + log_det.sum()
     assert start == density.dim
     return total.to(F64)
 

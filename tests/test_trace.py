@@ -272,20 +272,87 @@ def test_distributions_made_outside_with_their_own_checks_are_traced():
     assert outside.base_dist._validate_args is True
 
 
-def test_missing_data_behind_obs_mask():
-    y = Y.clone()
-    y[3] = math.nan
+NORMAL = dist.Normal(torch.zeros((), dtype=F64), 1.0)
+
+
+@pytest.mark.filterwarnings("ignore::flowvi.errors.SlowPathWarning")
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("gap", [math.nan, 0.5])
+def test_missing_data_behind_obs_mask(gap, eager):
+    """What `obs_mask` leaves out of y_unobserved is standard normal: so the evidence is that of the data there are."""
+    keep = torch.arange(12) != 3
 
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        if eager and mu > 1e9:
+            return
         with pyro.plate("rows", 12):
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=~y.isnan())
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=keep)
+            pyro.sample("w", dist.LogNormal(mu, 1.0).expand([12]), obs=y.exp(), obs_mask=keep)
 
-    density = as_density(model, args=(y,), dtype=F64)
-    assert [s.name for s in density.sites] == ["mu", "y_unobserved"]
-    value, grad = density.value_and_grad(torch.randn(4, density.dim, dtype=F64))
-    assert value.isfinite().all()
-    assert grad.isfinite().all()
+    y = torch.where(keep, Y, gap).double()
+    density = as_density(model, args=(y,))
+    assert density.path == ("eager" if eager else "graph")
+    assert [s.name for s in density.sites] == ["mu", "y_unobserved", "w_unobserved"]
+    z = torch.randn(4, density.dim, dtype=F64)
+    mu, free = z[:, :1], z[:, 1:].reshape(4, 2, 12)
+    data = dist.Normal(mu, 1.0).log_prob(y[keep]) * 2 - y[keep]  # of y, and of exp(y), which is log-normal
+    expected = NORMAL.log_prob(mu[:, 0]) + data.sum(1) + dist.Normal(mu, 1.0).log_prob(free[..., 3]).sum(1)
+    torch.testing.assert_close(density(z), expected + NORMAL.log_prob(free[..., keep]).sum((1, 2)))
+    assert density.value_and_grad(z)[1].isfinite().all()
+
+
+def test_the_evidence_beside_obs_mask_is_that_of_the_data():
+    y, keep = torch.tensor([1.0, 0.0, 2.0], dtype=F64), torch.tensor([True, False, True])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=keep)
+
+    density = as_density(model, dtype=F64)
+    top = -torch.func.hessian(lambda z: density(z[None])[0])(torch.zeros(4, dtype=F64))
+    peak = torch.linalg.solve(top, density.value_and_grad(torch.zeros(1, 4, dtype=F64))[1][0])  # it is Gaussian
+    evidence = density(peak[None])[0] + 2 * math.log(2 * math.pi) - top.logdet() / 2
+    marginal = dist.MultivariateNormal(torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64) + 1)
+    torch.testing.assert_close(evidence, marginal.log_prob(y[keep]))
+    torch.testing.assert_close(peak[0], torch.tensor(1.0, dtype=F64))
+    torch.testing.assert_close(torch.linalg.inv(top)[0, 0], torch.tensor(1 / 3, dtype=F64))
+
+
+def test_a_mask_over_a_latent_that_the_data_depend_on_is_a_flat_prior():
+    def model(y):
+        with poutine.mask(mask=False):
+            a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+            pyro.sample("b", dist.Dirichlet(torch.ones(3)))  # nothing depends on it
+        step = pyro.sample("step", dist.Normal(0.0, 1.0).mask(False))
+        c = pyro.sample("c", dist.Normal(torch.zeros(2), 1.0).mask(torch.tensor([True, False])))
+        pyro.sample("y", dist.Normal(a + (step.detach() > 0), 1.0), obs=y)
+        pyro.sample("x", dist.Normal(c[0], 1.0), obs=y)
+
+    y = torch.tensor(0.3, dtype=F64)
+    z = torch.randn(4, 6, dtype=F64)
+    a, b, step, c = z[:, 0], z[:, 1:3], z[:, 3], z[:, 4:]
+    density = as_density(model, args=(y,))
+    expected = a + dist.Normal(a.exp() + (step > 0), 1.0).log_prob(y) + dist.Normal(c[:, 0], 1.0).log_prob(y)
+    expected = expected + NORMAL.log_prob(b).sum(1) + NORMAL.log_prob(c).sum(1)
+    torch.testing.assert_close(density(z), expected)
+
+
+def test_what_a_minibatch_leaves_out_is_not_what_a_mask_leaves_out():
+    def model(y):
+        with poutine.mask(mask=False), pyro.plate("group", 12):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))  # a flat prior
+            pyro.sample("b", dist.Normal(0.0, 1.0))  # nothing depends on it
+        with pyro.plate("rows", 12, subsample_size=3) as index:
+            pyro.sample("y", dist.Normal(a[index], 1.0), obs=y[index])
+
+    density = as_density(model, args=(Y.double(),))
+    z = torch.randn(2, 24, dtype=F64)
+    for each in (density, density.full):
+        grad = each.value_and_grad(z)[1]
+        torch.testing.assert_close(grad[:, 12:], -z[:, 12:])
+        assert (grad[0, :12] != 0).sum() == (3 if each is density else 12)
 
 
 def test_a_large_cancelling_sum_in_float32_is_still_traced():

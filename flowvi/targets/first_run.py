@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from flowvi.errors import DiscreteLatentError, FlowVIError, NoLatentError, NonFi
 from flowvi.targets.enumeration import BROADCAST, EnumeratedRun, Enumeration, some
 from flowvi.targets.run import Run
 from flowvi.targets.runner import Runner
-from flowvi.targets.sites import FromRandom, FromUnconstrained, Layout, Site, is_delta, site_of
+from flowvi.targets.sites import FromRandom, FromUnconstrained, Layout, Site, is_delta, left_out, site_of
 
 __all__ = ["Structure", "find_structure"]
 
@@ -41,6 +42,8 @@ class Structure:
     observed: dict[str, Tensor]
     masked: frozenset[str]
     """The observed sites whose masked-out entries are not finite."""
+    free: dict[str, Tensor]
+    """Which elements of a latent a mask leaves out, (*batch), so that nothing depends on them."""
     subsampled: dict[str, tuple[int, int]]
     """Size and subsample size of each plate that subsamples."""
 
@@ -96,6 +99,7 @@ def find_structure(runner: Runner) -> Structure:
                 summed = _sum_out(runner, run, reader, z, sites)
                 if not math.isfinite(summed.log_prob(runner.dtype)):
                     continue
+                free = _free(runner, run, reader, z, sites)
             _validate_values(runner, run)
         except FlowVIError:
             raise
@@ -117,6 +121,7 @@ def find_structure(runner: Runner) -> Structure:
             observed_sites=tuple(site_of(n) for n in run.samples if n["name"] in data),
             observed=data,
             masked=frozenset(reader.masked),
+            free=free,
             subsampled=reader.subsampled,
         )
     with runner.isolated(), torch.no_grad():
@@ -138,6 +143,41 @@ def _computed(runner: Runner, run: Run, reader: FromRandom, z: Tensor, sites: tu
         for name in deltas
         if name not in other.nodes or not torch.equal(run.nodes[name]["value"], other.nodes[name]["value"])
     )
+
+
+def _free(runner: Runner, run: Run, reader: FromRandom, z: Tensor, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+    """Which elements of the latents have no log density, because of a mask, and don't change that of anything else.
+
+    A mask alone doesn't tell: it may be there for a flat prior. What a minibatch depends on doesn't tell either.
+    """
+    layout = Layout(sites)
+    batches = {n["name"]: n["fn"].batch_shape for n in run.latent}
+    free = {n["name"]: missing for n in run.latent if (missing := left_out(n, batches[n["name"]])) is not None}
+    free = {name: missing for name, missing in free.items() if missing.any()}
+    if not free or reader.subsampled:
+        return {}
+
+    def run_at(point: Tensor) -> tuple[Run, Tensor]:
+        again = runner(FromUnconstrained(layout, point, masked=frozenset(reader.masked)))
+        return again, torch.stack([torch.as_tensor(v) for v in again.site_log_probs().values()]).sum()
+
+    slope, elsewhere = torch.zeros_like(z), run
+    with suppress(RuntimeError), torch.enable_grad():  # autograd refuses some in-place operations
+        point = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(run_at(point)[1], point, materialize_grads=True)
+    with suppress(ArithmeticError, RuntimeError, ValueError):
+        elsewhere = run_at(-z)[0]
+    found, here = {}, run_at(z)[1]
+    for name, missing in free.items():
+        there = left_out(elsewhere.nodes[name], batches[name]) if name in elsewhere.nodes else None
+        if there is None or not torch.equal(there, missing):
+            continue  # the mask depends on the latents
+        flat = missing & (slope[layout.slices[name]] == 0).reshape(*missing.shape, -1).all(-1)
+        step = torch.zeros_like(z)
+        step[layout.slices[name]].view(*missing.shape, -1)[flat] = 3.0
+        if all(torch.allclose(run_at(z + s)[1], here, rtol=1e-6, atol=1e-6) for s in (step, -step)):
+            found[name] = flat  # else something depends on it without a gradient
+    return {name: flat for name, flat in found.items() if flat.any()}
 
 
 def _sum_out(runner: Runner, run: Run, reader: FromRandom, z: Tensor, sites: tuple[Site, ...]) -> Run:

@@ -71,9 +71,13 @@ class ModelDensity(LogDensity):
         self.discrete, self.inseparable = found.discrete, found.inseparable
         self._layout = Layout(self.sites)
         self._start, self._data, self._masked = found.z, found.observed, found.masked
+        self._free = found.free
         self.dim = self._layout.size
         self._subsampled = found.subsampled
         self.subsampled = bool(self._subsampled)
+        if self.subsampled:
+            with suppress(FlowVIError):  # the model needs its minibatch; `full` says so when it is asked for
+                self._free = self._full._free
         self._recording = self._record(found)
         self.path = "eager" if self._recording is None else "graph"
         self._graphs: dict[str, tuple[list[str], BatchedGraph]] = {}
@@ -86,7 +90,7 @@ class ModelDensity(LogDensity):
     def _outputs(self, z: Tensor, *indices: Tensor) -> dict[str, Tensor]:
         """All that one particle z (D,) gives: log p, the sites' values, the pointwise log-likelihoods."""
         given = dict(zip(self._subsampled, indices, strict=True))
-        run = self._runner(FromUnconstrained(self._layout, z, indices=given, masked=self._masked))
+        run = self._runner(self._reader(z, given))
         missing = [s.name for s in (*self.sites, *self.deterministic) if s.name not in run.nodes]
         if missing:
             raise TargetError(
@@ -102,6 +106,9 @@ class ModelDensity(LogDensity):
             ):  # a sequential plate that subsamples has other sites each time
                 out[f"likelihood {name}"] = run.pointwise(name)
         return out
+
+    def _reader(self, z: Tensor, indices: Mapping[str, Tensor]) -> FromUnconstrained:
+        return FromUnconstrained(self._layout, z, indices=indices, masked=self._masked, free=self._free)
 
     def _inverse_outputs(self, x: Tensor, *indices: Tensor) -> dict[str, Tensor]:
         """z, log|dz/dx| and whether each site is inside its support, for one particle's constrained values."""
@@ -224,7 +231,7 @@ class ModelDensity(LogDensity):
     def _magnitude(self, z: Tensor, indices: list[Tensor]) -> float:
         given = dict(zip(self._subsampled, indices, strict=True))
         with self._runner.isolated(), torch.no_grad():
-            run = self._runner(FromUnconstrained(self._layout, z, indices=given, masked=self._masked))
+            run = self._runner(self._reader(z, given))
             return run.magnitude()
 
     def _agrees(

@@ -5,18 +5,23 @@ R^D holds every latent's unconstrained value, flattened, in model order. The bij
 model runs, so a support that depends on another latent, as in Uniform(0, a), is right. With x = T(z),
 
     log p(z) = log p(x) + sum over latent sites of log|dx/dz|.
+
+Elements of a latent that a mask leaves out, and that nothing else depends on, would make that improper: those of
+`y_unobserved` where `obs_mask` says that y is observed. They count as standard normal in z, which changes no other
+marginal.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import Delta, Distribution
+from pyro.distributions import Delta, Distribution, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Size, Tensor
@@ -36,6 +41,7 @@ __all__ = [
     "element_name",
     "is_delta",
     "is_discrete",
+    "left_out",
     "site_of",
     "without_validation",
 ]
@@ -177,11 +183,18 @@ class Reader(Messenger):
 
 
 class FromUnconstrained(Reader):
-    """Reads the latents from an unconstrained vector z (D,)."""
+    """Reads the latents from an unconstrained vector z (D,).
 
-    def __init__(self, layout: Layout, z: Tensor, **options: Any) -> None:
+    Args:
+        layout: where each site lies in z.
+        z: all sites' values.
+        free: which elements of a latent, (*batch), nothing depends on; they get a standard normal density.
+        **options: of `Reader`.
+    """
+
+    def __init__(self, layout: Layout, z: Tensor, *, free: Mapping[str, Tensor] | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self._layout, self._z = layout, z
+        self._layout, self._z, self._free = layout, z, free or {}
 
     def read(self, name: str, shape: Size, transform: Transform, support: Constraint) -> Tensor:
         """X = T(z), and its log|dx/dz|."""
@@ -192,7 +205,13 @@ class FromUnconstrained(Reader):
                 f"the support of the latent site {name!r} depends on a discrete latent, which then can't be summed "
                 "out: give the site a fixed support and scale its value in the model"
             )
-        self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
+        log_det = transform.log_abs_det_jacobian(u, x)
+        if name in self._free:
+            free = self._free[name]
+            normal = -(u.square() + math.log(2 * math.pi)) / 2
+            log_det, normal = (t.reshape(*free.shape, -1).sum(-1) for t in (log_det, normal))
+            log_det = torch.where(free, normal, log_det)
+        self.log_det = self.log_det + log_det.sum()
         return x
 
 
@@ -283,6 +302,24 @@ def is_delta(msg: Mapping[str, Any]) -> bool:
     while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta) and isinstance(value, Tensor) and fn.v.data_ptr() == value.data_ptr()
+
+
+def left_out(msg: Mapping[str, Any], batch: Size) -> Tensor | None:
+    """Which elements (*batch) of a site have no log density, because of masks; None without a mask of that shape."""
+    fn, masks = msg["fn"], [msg["mask"]]
+    while isinstance(fn, MaskedDistribution):
+        masks.append(fn._mask)
+        fn = fn.base_dist
+    out = None
+    for mask in masks:
+        if mask is None or mask is True:
+            continue
+        mask = torch.as_tensor(mask, device=msg["value"].device)
+        if mask.dim() > len(batch) or any(m not in (1, b) for m, b in zip(mask.shape[::-1], batch[::-1], strict=False)):
+            return None
+        missing = ~mask.bool().expand(batch)
+        out = missing if out is None else out | missing
+    return out
 
 
 def _check_enumerable(msg: Mapping[str, Any]) -> None:
