@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["find_arviz", "to_arviz"]
 
 _KINDS = ("inference_data", "datatree")
+_DIMENSIONS = ("chain", "draw")  # of every draw, by ArviZ's convention
 _CHUNK_ELEMENTS = 2**21  # of data and latents at a time, while the model is simulated
 
 
@@ -74,7 +75,7 @@ def to_arviz(
         An `arviz.InferenceData` or an `xarray.DataTree`.
 
     Raises:
-        OptionError: An unknown kind, or one that the installed packages don't have.
+        OptionError: An unknown kind, or one that the installed packages don't have; a site called "chain" or "draw".
         TargetError: `predictive=True` for a target that can't be simulated.
     """
     if kind is not None:
@@ -83,6 +84,14 @@ def to_arviz(
     flags_or_none(predictive=predictive)
     kind, module = find_arviz(kind)
     density = posterior.density
+    sites = (*density.sites, *density.deterministic, *density.observed_sites)
+    shapes = {site.name: (site.shape, site.plates) for site in sites}
+    taken = [name for name in _DIMENSIONS if name in shapes]
+    if taken:  # ArviZ would leave it out, without a word
+        raise OptionError(
+            f"the site {taken[0]!r} of {density.name} has the name of one of ArviZ's dimensions, chain and draw, and "
+            "would be lost: rename it in the model."
+        )
     values, z, log_p, log_q = posterior._draws_with_densities(num_samples, resample=resample, seed=seed)
     num_chains = posterior._num_chains
 
@@ -95,8 +104,6 @@ def to_arviz(
         "posterior": {name: chain(value) for name, value in values.items()},
         "sample_stats": {"lp": chain(log_p), "log_q": chain(log_q), "log_weight": chain(log_p - log_q)},
     }
-    sites = (*density.sites, *density.deterministic, *density.observed_sites)
-    shapes = {site.name: (site.shape, site.plates) for site in sites}
     if density.observed:
         log_likelihood = density.log_likelihood(z)
         if log_likelihood:
@@ -249,7 +256,7 @@ def _name_dimensions(
         for axis, size in enumerate(shape):
             own = f"{variable}_dim_{axis}"
             name = (plate_names[axis] if axis < len(plate_names) else None) or own
-            if name in shapes or name in ("chain", "draw"):
+            if name in shapes or name in _DIMENSIONS:
                 name = f"{name}_dim"  # xarray keeps this name for a variable
             if sizes.setdefault(name, size) != size:
                 name = own  # a plate that was used with two sizes

@@ -167,6 +167,21 @@ def test_a_reparametrized_site_belongs_to_the_draws_and_not_to_the_data(kind):
         assert set(data[group].data_vars) == {"y"}
 
 
+@pytest.mark.parametrize("names", [("draw", "x", "y"), ("z", "chain", "y"), ("z", "x", "draw")])
+def test_a_site_named_after_a_dimension_of_arviz_is_refused(names):
+    latent, computed, data = names
+
+    def model(y):
+        z = pyro.sample(latent, dist.Normal(y.new_zeros(()), 1.0))
+        pyro.deterministic(computed, z + 1)
+        with pyro.plate("school", len(y)):
+            pyro.sample(data, dist.Normal(z, 1.0), obs=y)
+
+    fit = make(model, Y)
+    with pytest.raises(OptionError, match=r"the site '(draw|chain)' of model has the name .* rename it"):
+        fit.to_arviz(num_samples=20)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_callable_has_no_likelihood(kind):
     energy = make(lambda z: -z.square().sum(-1), dim=3)
