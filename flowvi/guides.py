@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from flowvi.flow_spec import FULL_BASE_LIMIT, FlowSpec
 from flowvi.mixture import MixtureFlow
 from flowvi.random_state import kept
 from flowvi.targets.density import LogDensity
+from flowvi.targets.sites import _inside
 from flowvi.transforms.affine import AFFINE_KINDS
 
 __all__ = ["AutoFlow", "AutoPlanar", "AutoRadial"]
@@ -167,6 +169,8 @@ class AutoFlow(AutoContinuous):
         like = self._init_loc()
         if self._prebuilt is not None:
             layers, self._prebuilt = self._prebuilt, None
+            learnt = (p for t in layers if isinstance(t, nn.Module) for p in t.parameters())
+            like = like.to(next(learnt, like))  # a fit may be in another dtype than the model's first run
         else:
             spec = _spec(
                 self.flow_name,
@@ -308,6 +312,8 @@ class AutoFlow(AutoContinuous):
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Log q of any values in the constrained space, exact, with each support's Jacobian.
 
+        It is -inf outside of a support and on the edge of one, and NaN at NaN.
+
         Args:
             values: site -> value, (*shape), for every latent site; other entries are ignored.
             *args: the model's arguments.
@@ -333,13 +339,19 @@ class AutoFlow(AutoContinuous):
             with poutine.block(), poutine.trace() as tracer, poutine.condition(data=data):
                 self.model(*args, **kwargs)
             sites = {n: tracer.trace.nodes[n] for n in names}
-        parts, log_density = [], torch.zeros((), dtype=self._zero.dtype, device=self._zero.device)
+        parts, log_density, inside = [], self._zero.new_zeros(()), torch.tensor(True)
         for name in names:
             x = as_tensor(f"the value of site {name!r}", values[name], self._zero.dtype, self._zero.device)
-            to_x = biject_to(sites[name]["fn"].support)
+            if x.isnan().any():
+                return self._zero.new_tensor(math.nan)
+            support = sites[name]["fn"].support
+            to_x = biject_to(support)
             u = to_x.inv(x)
             parts.append(u.reshape(-1))
             log_density = log_density - to_x.log_abs_det_jacobian(u, x).sum()
+            inside = inside & (_inside(support, x).all() & u.isfinite().all()).cpu()
+        if not inside:
+            return self._zero.new_tensor(-math.inf)
         return self.get_posterior().log_prob(torch.cat(parts)) + log_density
 
 

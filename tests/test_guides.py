@@ -150,6 +150,26 @@ def test_log_prob_integrates_to_one_in_one_dimension(make):
     assert torch.trapezoid(density, x).item() == pytest.approx(1, abs=5e-3)
 
 
+@pytest.mark.parametrize(
+    ("s", "w", "expected"),
+    [
+        (1.0, [0.5, 0.6], -math.inf),
+        (-1.0, [0.5, 0.5], -math.inf),
+        (0.0, [0.5, 0.5], -math.inf),
+        (1.0, [-0.5, 1.5], -math.inf),
+        (math.nan, [0.5, 0.5], math.nan),
+    ],
+)
+def test_log_prob_outside_of_a_support_is_minus_infinity(make, s, w, expected):
+    def model():
+        pyro.sample("s", dist.HalfNormal(1.0))
+        pyro.sample("w", dist.Dirichlet(torch.ones(2)))
+
+    guide = shaken(make, model)
+    assert guide.log_prob({"s": 1.0, "w": [0.5, 0.5]}).isfinite()
+    assert guide.log_prob({"s": s, "w": w}).item() == pytest.approx(expected, nan_ok=True)
+
+
 def test_log_prob_and_quantiles_of_a_simplex():
     def model():
         with pyro.plate("rows", 2):

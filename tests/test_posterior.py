@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flowvi
 from flowvi.energies import CorrelatedGaussian
 from flowvi.errors import (
     DimensionError,
@@ -303,6 +304,23 @@ def test_resample_of_constrained_sites_keeps_them_together():
 def test_resample_without_a_finite_density_is_a_typed_error():
     with pytest.raises(NonFiniteError, match="no draw of the flow"):
         make(lambda z: z.sum(-1) + torch.where(z[:, 0] > -1e-3, 0.0, math.nan), dim=1, loc=-50.0).resample(10)
+
+
+@pytest.mark.parametrize("num_flows", [0, 2])
+def test_the_guide_of_a_fit_in_float64_is_in_float64_whatever_the_priors(num_flows):
+    def model(y):  # priors in float32, data in float64
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(m, 1.0).expand([3]).to_event(1), obs=y)
+
+    y = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    posterior = flowvi.fit(model, (y,), num_flows=num_flows, num_steps=5, seed=0, verify=False, progress=False)
+    assert posterior.flow.dtype == torch.float64
+    guide = posterior.guide
+    assert guide(y)["m"].dtype == torch.float64
+    torch.testing.assert_close(guide.median(y)["m"], posterior.median()["m"], atol=0.05, rtol=0)
+    draws = pyro.infer.Predictive(model, guide=guide, num_samples=500)(y)["m"]
+    assert (draws.mean() - posterior.mean()["m"]).abs() < 0.15
+    torch.testing.assert_close(guide.log_prob({"m": 1.0}, y), posterior.log_prob({"m": 1.0}))
 
 
 @pytest.mark.parametrize("num", [-1, 2.5, True, "10"])

@@ -43,6 +43,14 @@ def views(z):
     return x.sum() + part.prod()
 
 
+def slices_from_the_end(z):
+    x = torch.zeros(4, dtype=F64)
+    x[1:-1] = z[1:-1].exp()
+    x[-1:] = z[:1] * x[1]
+    x[::2] = x[::2] + z[-3:-1]
+    return x * z
+
+
 def masked_assignment(z):
     x = z * 2
     x[x > 0] = 1.0
@@ -69,7 +77,10 @@ def vector_times_matrix(z):
     return (z @ x).sum() * torch.matmul(z, x.expand(2, 4, 3)) + z.matmul(x)  # torch squeezes these in place
 
 
-@pytest.mark.parametrize("function", [fill, views, masked_assignment, plain_buffer, data_decides, vector_times_matrix])
+@pytest.mark.parametrize(
+    "function",
+    [fill, views, slices_from_the_end, masked_assignment, plain_buffer, data_decides, vector_times_matrix],
+)
 def test_a_graph_is_the_code_and_so_is_its_batch(function):
     graph = traced(function, 4)
     z = torch.randn(6, 4, dtype=F64)

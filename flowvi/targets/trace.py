@@ -214,6 +214,8 @@ class _Tracer(TorchDispatchMode):
             return self.__torch_dispatch__(aten.linalg_cholesky_ex.default, types, (args[0],), {"upper": upper})[0]
         if func is aten.select_scatter.default:
             return self._select_scatter(*args)
+        if func is aten.slice_scatter.default:
+            return self._slice_scatter(*args, **(kwargs or {}))
         if func in (aten.index.Tensor, aten.index_put.default):
             func, flat, spec = self._integer_indices(func, flat, spec)
         elif {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
@@ -279,6 +281,13 @@ class _Tracer(TorchDispatchMode):
         index %= x.shape[dim]
         row = self._call(aten.unsqueeze.default, source, dim)
         return self._call(aten.slice_scatter.default, x, row, dim, index, index + 1)
+
+    def _slice_scatter(
+        self, x: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    ) -> Any:
+        """With places counted from the front: batched, torch 2.13 fails at those counted from the end."""
+        start, end, step = slice(start, end, step).indices(x.shape[dim])
+        return self._record(aten.slice_scatter.default, *tree_flatten(((x, source, dim, start, end, step), {})))
 
     def _integer_indices(self, func: Any, flat: list[Any], spec: Any) -> tuple[Any, list[Any], Any]:
         """Masks made of data become integer indices, which can be batched; traced masks have no fixed shape."""
