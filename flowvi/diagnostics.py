@@ -93,6 +93,9 @@ class Diagnostics:
         overshoot: How much further draws of q, so far out and so seldom that those of a diagnosis have next to none of
             them, enlarge an sd where the target has nothing (`flowvi.far_draws`); and `overshoot_site`. 0 where it was
             not looked for, because something else is against the fit.
+        beyond: The largest change of a mean or sd, as `reweighted`, by what chains find beyond the draws of q
+            (`flowvi.beyond`); and `beyond_site`. 0 where k-hat gives no reason to look, or something else is against
+            the fit.
         missed: Log evidence by all starts of the whitening, or with what a search found beside q, minus `log_evidence`,
             and `missed_se`; None where there is neither.
         kl: KL(q || p) = log Z - ELBO, where the target's normalizer is known, and `kl_se`. A missed mode does
@@ -124,6 +127,8 @@ class Diagnostics:
     undecided: bool = False
     overshoot: float = 0.0
     overshoot_site: str = ""
+    beyond: float = 0.0
+    beyond_site: str = ""
     missed: float | None = None
     missed_se: float | None = None
     kl: float | None = None
@@ -159,6 +164,7 @@ def judge(
     moved: ShortRun | None = None,
     starts_evidence: tuple[float, float] | None = None,
     overshoot: tuple[float, str] = (0.0, ""),
+    beyond: tuple[float, str] = (0.0, ""),
     name: Callable[[int], str] = "z[{}]".format,
 ) -> Diagnostics:
     """Diagnostics and verdict from log p and log q at fresh draws of q.
@@ -168,8 +174,8 @@ def judge(
     - at most 1% of the draws are not finite;
     - the whitening's starts found no evidence that q misses (.03 nats and three standard errors);
     - the short HMC finds J below `j_limit`;
-    - neither it nor, with k-hat below 1, the weights ask for a shift of a mean or sd beyond .1, and no far draws of q
-      enlarge an sd by that;
+    - neither it nor, with k-hat below 1, the weights ask for a shift of a mean or sd beyond .1, no far draws of q
+      enlarge an sd by that, and chains find nothing beyond the draws of q that changes one so;
     - the ELBO is less than `gap_limit` below the log evidence (two standard errors added) and, where log Z is
       known, KL(q || p) is below that too;
     - k-hat is below `khat_limit`, or no weight is above three times the mean; and the ESS is at least 20% of the
@@ -188,6 +194,7 @@ def judge(
         moved: What the short HMC found, where it was run.
         starts_evidence: The log evidence by all starts of the whitening or with what a search found, and its error.
         overshoot: By how much far draws of q enlarge an sd, and which, where they were looked for.
+        beyond: By how much what lies beyond the draws of q changes a mean or sd, and which, where it was looked for.
         name: What to call a coordinate of z, or a further column.
 
     Returns:
@@ -241,6 +248,8 @@ def judge(
         "num_samples": num,
         "overshoot": overshoot[0],
         "overshoot_site": overshoot[1],
+        "beyond": beyond[0],
+        "beyond_site": beyond[1],
     }
     if log_normalizer is not None:
         numbers |= {"kl": float(log_normalizer) - numbers["elbo"], "kl_se": numbers["elbo_se"]}

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowvi.beyond import MAX_DIM, beyond
 from flowvi.columns import columns
 from flowvi.diagnostics import Diagnostics, judge
 from flowvi.errors import NonFiniteError, OptionError
 from flowvi.far_draws import overshoot
+from flowvi.psis import khat_limit
 from flowvi.short_run import ShortRun, symmetric_kl
 from flowvi.threads import one_thread_if_small
 from flowvi.verdict import SHIFT_LIMIT
@@ -55,10 +57,16 @@ def examine(posterior: Posterior, num_samples: int | None, generator: torch.Gene
         found = _judge(posterior, z, log_p, log_q, moved, starts)
     num = min(_FAR * len(z), most)
     if found.trusted and num > len(z) and not dear:
-        far, site = overshoot(z, found.log_evidence, posterior._draw(num, generator), density)
-        if far < SHIFT_LIMIT:
-            return replace(found, overshoot=far, overshoot_site=site)
-        found = _judge(posterior, z, log_p, log_q, moved, starts, (far, site))
+        far = overshoot(z, found.log_evidence, posterior._draw(num, generator), density)
+        found = replace(found, overshoot=far[0], overshoot_site=far[1])
+        if not far[0] < SHIFT_LIMIT:
+            return _judge(posterior, z, log_p, log_q, moved, starts, overshoot=far)
+    in_doubt = not found.khat < khat_limit(found.num_samples)
+    if found.trusted and in_doubt and further and density.dim <= MAX_DIM:
+        missing = beyond(posterior.flow, density, z, log_p, log_q, generator)
+        found = replace(found, beyond=missing[0], beyond_site=missing[1])
+        if not missing[0] < SHIFT_LIMIT:
+            return _judge(posterior, z, log_p, log_q, moved, starts, beyond=missing)
     return found
 
 
@@ -69,8 +77,9 @@ def _judge(
     log_q: Tensor,
     moved: ShortRun | None,
     starts_evidence: tuple[float, float] | None,
-    far: tuple[float, str] = (0.0, ""),
+    **looked: tuple[float, str],
 ) -> Diagnostics:
+    """What the draws say, and what was looked for: `overshoot` or `beyond` of `judge`."""
     seen, names = columns(posterior.density, z)
     return judge(
         log_p.cpu().numpy(),
@@ -80,8 +89,8 @@ def _judge(
         z=seen.cpu().numpy(),
         moved=moved,
         starts_evidence=starts_evidence,
-        overshoot=far,
         name=names,
+        **looked,
     )
 
 

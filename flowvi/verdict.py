@@ -80,6 +80,12 @@ def decide(d: Diagnostics, dim: int, *, flat: bool, settled: bool) -> tuple[bool
             f"A few draws of the flow lie far outside, where the posterior has nothing, and enlarge the sd of "
             f"{d.overshoot_site} by {d.overshoot:.0%}: resample() leaves them out, and quantiles hardly know of them."
         )
+    if not d.beyond < SHIFT_LIMIT:
+        bad.append(
+            f"The flow ends too early: chains that set out from the draws with the largest weights find more beyond, "
+            f"which changes the mean of {d.beyond_site}, in sds, or its sd by more than {d.beyond:.0%}. Use more flows "
+            "or another family, or fit longer."
+        )
     waived = settled and not bad  # then the weights have no veto: k-hat refuses a third of the right ones
     if not d.nonfinite_fraction <= NONFINITE_LIMIT:
         bad.append(
