@@ -146,8 +146,9 @@ def fit(
             `flowvi.BalancedELBO` where the flow has a path score, else the standard one.
         base: the affine layer after the flow, "diag", "low_rank" or "full"; by default full up to D = 200.
         restarts: fits from different seeds, of which the one with the best ELBO is kept; 1.
-        time_limit: seconds for the steps: their number is cut, by a measured rate, to what fits in. "auto" stops
-            after 60 s if it did not stop before.
+        time_limit: seconds for the steps: their number is cut, by a measured rate, to what fits in, but not below
+            250. What comes before them, tracing, whitening and the search for modes, is not counted: seconds, or a
+            minute and more where the model can't be traced. "auto" stops after 60 s if it did not stop before.
         seed: makes the fit reproducible (same machine, same threads); drawn if None. The global random state
             is left alone either way.
         device: where to compute; the model's arguments are moved there.
