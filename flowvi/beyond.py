@@ -39,6 +39,8 @@ MAX_DIM = 50
 NUM_CHAINS, NUM_STEPS, NUM_LEAPFROG = 64, 80, 64
 WARM_UP_LEAPFROG = 32
 NUM_GAUSSIANS = 512
+NUM_DRAWS = 10_000  # of q at most, and as many of the Gaussians
+CHUNK = 2**22  # numbers at a time
 WIDER = 2.0  # times the variance of the points nearby
 SURE = 1.0  # standard errors: the weights of q's own draws have called it in doubt already
 
@@ -64,9 +66,10 @@ def beyond(
     fine = log_p.isfinite() & log_q.isfinite()
     z, log_p, log_q = z[fine].double(), log_p[fine].double(), log_q[fine].double()
     mean, sd = z.mean(0), z.std(0)
-    largest = (log_p - log_q).topk(min(NUM_CHAINS, len(z))).indices
+    starts = (z[(log_p - log_q).topk(min(NUM_CHAINS, len(z))).indices] - mean) / sd
+    z, log_p, log_q = z[:NUM_DRAWS], log_p[:NUM_DRAWS], log_q[:NUM_DRAWS]
     try:
-        points = _walk(density, mean, sd, (z[largest] - mean) / sd, generator)
+        points = _walk(density, mean, sd, starts, generator)
         around = _Gaussians(points, generator)
         e = around.draw(len(z), generator)
         new = mean + e * sd
@@ -117,7 +120,9 @@ class _Gaussians:
         off = near - self.loc[:, None]
         covariance = WIDER * off.mT @ off / near.shape[1]
         least = 1e-12 + 1e-6 * covariance.diagonal(dim1=1, dim2=2).mean(1)  # of points that are few or all the same
-        self.tril = torch.linalg.cholesky(covariance + least[:, None, None] * torch.eye(dim).to(points))
+        unit = torch.eye(dim).to(points)
+        self.tril = torch.linalg.cholesky(covariance + least[:, None, None] * unit)
+        self._inverse = torch.linalg.solve_triangular(self.tril, unit.expand_as(self.tril), upper=False)
 
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
         """Draws (num, D)."""
@@ -127,10 +132,15 @@ class _Gaussians:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The log density (S,) at x (S, D)."""
-        parts = torch.distributions.MultivariateNormal(self.loc, scale_tril=self.tril, validate_args=False)
-        rows = x.split(max(1, 2**19 // self.loc.numel()))
-        each = [torch.logsumexp(parts.log_prob(part[:, None]), 1) for part in rows]
-        return torch.cat(each) - math.log(len(self.loc))
+        num, dim = self.loc.shape
+        rows = self._inverse.reshape(
+            num * dim, dim
+        )  # one product for all Gaussians: a solve of each is 20 times slower
+        at = (self._inverse @ self.loc[..., None]).reshape(num, dim)
+        height = -self.tril.diagonal(dim1=1, dim2=2).log().sum(1) - dim / 2 * math.log(2 * math.pi) - math.log(num)
+        parts = x.split(max(1, CHUNK // (num * dim)))
+        off = ((part @ rows.mT).view(len(part), num, dim) - at for part in parts)
+        return torch.cat([torch.logsumexp(height - u.square().sum(-1) / 2, 1) for u in off])
 
 
 def _changes(x: Tensor, num: int, weights: Tensor) -> Tensor:
