@@ -18,6 +18,7 @@ from flowvi.inference_data import _Unobserve
 from flowvi.targets import LogDensity, as_density
 from flowvi.targets.model import default_dtype
 from flowvi.targets.runner import Runner
+from flowvi.targets.sites import is_delta
 
 __all__ = ["Simulator"]
 
@@ -83,7 +84,8 @@ class Simulator:
         plain = cls(model, tuple(args), given, (), (), dtype or default_dtype(tuple(args), given), where)
         nodes = plain.run(seed)
         _check_sites(nodes, plain.name)
-        with_data = [name for name, node in nodes.items() if node["is_observed"]]
+        computed = plain.computed(nodes, seed)
+        with_data = [name for name, node in nodes.items() if node["is_observed"] and name not in computed]
         names = tuple(with_data if observed is None else observed)
         unknown = [name for name in names if name not in nodes]
         if unknown:
@@ -126,6 +128,13 @@ class Simulator:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, ValueError) as error:
             raise TargetError(f"the model {self.name} failed with {type(error).__name__}: {error}") from error
         return {name: node for name, node in tracer.trace.nodes.items() if node["type"] == "sample"}
+
+    def computed(self, nodes: Mapping[str, Any], seed: int) -> list[str]:
+        """The sites that are observed in name only, `poutine.reparam`'s: their values follow the draws of a run."""
+        deltas = [name for name, node in nodes.items() if node["is_observed"] and is_delta(node)]
+        other = self.run(seed + 1) if deltas else {}
+        moved = (name for name in deltas if name in other)
+        return [name for name in moved if not torch.equal(nodes[name]["value"], other[name]["value"])]
 
     def draw(self, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The values of all sites but the data's, and the data."""

@@ -9,11 +9,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from torch.distributions import constraints
 
 import flowvi
 from flowvi.calibration import Calibration, _coverage, _null
 from flowvi.errors import DiscreteLatentError, NoLatentError, NonFiniteError, OptionError, TargetError
+from flowvi.simulate import Simulator
 
 Y = torch.zeros(4, dtype=torch.float64)
 
@@ -345,3 +348,21 @@ def test_corrected_draws_of_three_models_are_calibrated_and_spoiled_ones_are_cau
     assert {(model, way) for model in MODELS for way in SPOILED if passed[model, way]} == set()
     assert passed["normal", "as fitted"]
     assert passed["logistic", "as fitted"]
+
+
+def test_what_a_reparametrized_site_became_is_no_data():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            theta = pyro.sample("theta", dist.Normal(mu, 2.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    noncentred = poutine.reparam(model, config={"theta": LocScaleReparam(0.0)})
+    found = Simulator.of(noncentred, (torch.zeros(3),), None, None, None, None, 0)
+    assert found.observed == ("y",)
+    assert set(found.latent) == {"mu", "theta_decentered", "theta"}
+    values, data = found.draw(1)
+    torch.testing.assert_close(values["theta"], values["mu"] + 2 * values["theta_decentered"])
+    density = found.density(data)
+    assert set(density.observed) == {"y"}
+    assert [site.name for site in density.deterministic] == ["theta"]
