@@ -3,8 +3,8 @@
 Where a posterior is a thin curved ridge, q may cover its middle and end too early. Neither its draws nor an HMC in its
 coordinates know of the rest: there the ridge's ends are infinitely far. All that tells are a few large importance
 weights, of the draws nearest the ends, and those alone don't say whether much is missing. So chains set out from there,
-in plain coordinates and with long trajectories. Around what they visit Gaussians are laid, each with the
-covariance of the points nearby, and draws of these and of q together, weighted by
+in plain coordinates and with long trajectories. Around what they visit Gaussians are laid, each with the covariance of
+the points nearby, and draws of these and of q together, weighted by
 
     w(z) = p(z) / (q(z) / 2 + m(z) / 2),    m the mixture of those Gaussians,
 
