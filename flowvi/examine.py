@@ -66,7 +66,8 @@ def examine(posterior: Posterior, num_samples: int | None, generator: torch.Gene
         missing = beyond(posterior.flow, density, z, log_p, log_q, generator)
         found = replace(found, beyond=missing[0], beyond_site=missing[1])
         if not missing[0] < SHIFT_LIMIT:
-            return _judge(posterior, z, log_p, log_q, moved, starts, beyond=missing)
+            far = found.overshoot, found.overshoot_site
+            return _judge(posterior, z, log_p, log_q, moved, starts, overshoot=far, beyond=missing)
     return found
 
 
